@@ -1,0 +1,36 @@
+# make run: set up and run the embedded default. make test: set up and pass the tests.
+PYTHON ?= python3
+CORES ?= 2
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: setup run test lint format tiny-model
+
+setup: $(STAMP)
+
+# The stamp is written last and holds what was installed: an interrupted or outdated installation is done again.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "selfgap needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+run: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES)
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Repeats models/tiny-janus from nothing: the image tokenizer, then the language model (an hour on two cores).
+tiny-model: setup
+	$(BIN)/python -m stages.shapes.train_codes --out results/pretraining
+	$(BIN)/python -m stages.shapes.train_model --codes results/pretraining/codes.safetensors --out models/tiny-janus

@@ -1,0 +1,192 @@
+"""Janus and Janus-Pro (`JanusForConditionalGeneration` of transformers): autoregressive over VQ codes.
+
+Upstream: deepseek-ai/Janus, generation_inference.py (prompt format, unconditional row, guidance) and arXiv 2501.17811.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import JanusForConditionalGeneration, JanusProcessor
+
+from stages.common.runtime import UserError
+from stages.common.seeds import uniforms
+from stages.families.base import Drawn, Sampling
+from stages.families.checkpoints import require_model_type
+
+YES = ("1", " 1", "yes", " yes", "Yes", " Yes", "YES", " YES")
+NO = ("0", " 0", "no", " no", "No", " No", "NO", " NO")
+
+
+class Janus:
+    """See `stages.families.base.Family`."""
+
+    question = (
+        "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+        "provides, and assist the user with a variety of tasks using natural language. Does this original image "
+        "describe {prompt}? If it describes the scene, score 1; if it does not fully describe, score 0. Please answer "
+        "in the following format: The score is {{your score}}."
+    )
+
+    def __init__(self, model: JanusForConditionalGeneration, processor: JanusProcessor) -> None:
+        self.model = model.eval()
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.device = model.device
+        self.begin = self._id(processor.image_start_token)
+        self.end = self._id(processor.image_end_token)
+        self.placeholder = self._id(processor.image_token)
+        self.pad = self.tokenizer.pad_token_id
+        # Lost by from_pretrained though saved by save_pretrained, and needed by transformers' own generate.
+        model.generation_config.generation_kwargs = {"boi_token_id": self.begin}
+        self.image_length = model.model.vqmodel.config.num_patches**2
+        self.yes = self._single_tokens(YES)
+        self.no = self._single_tokens(NO)
+
+    @classmethod
+    def load(cls, checkpoint: Path, device: str = "cpu", dtype: str = "float32") -> Janus:
+        require_model_type(checkpoint, "janus")
+        try:
+            model = JanusForConditionalGeneration.from_pretrained(
+                checkpoint, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
+            )
+            processor = JanusProcessor.from_pretrained(checkpoint, local_files_only=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{checkpoint}: the checkpoint does not load ({error}); download or convert it again"
+            ) from None
+        return cls(model.to(device), processor)
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    def _id(self, token: str) -> int:
+        identifier = self.tokenizer.convert_tokens_to_ids(token)
+        if identifier is None or identifier == self.tokenizer.unk_token_id:
+            raise UserError(f"the checkpoint's tokenizer has no token {token!r}; it is not a Janus tokenizer")
+        return identifier
+
+    def _single_tokens(self, spellings: tuple[str, ...]) -> torch.Tensor:
+        rows = [self.tokenizer.encode(text, add_special_tokens=False) for text in spellings]
+        found = {row[0] for row in rows if len(row) == 1 and row[0] != self.tokenizer.unk_token_id}
+        return torch.tensor(sorted(found), device=self.device)
+
+    # --- drawing ---------------------------------------------------------------------------------------------------
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        """BOS, user turn, assistant turn, begin-of-image: upstream's layout for Janus-Pro."""
+        ids = [*self.tokenizer.encode(f"<|User|>: {prompt}\n\n<|Assistant|>:"), self.begin]
+        if self.tokenizer.bos_token_id is not None and ids[0] != self.tokenizer.bos_token_id:
+            ids.insert(0, self.tokenizer.bos_token_id)
+        return ids
+
+    def bucket(self, prompt: str) -> int:
+        return len(self._prompt_ids(prompt))
+
+    @torch.no_grad()
+    def generate(self, prompts: list[str], seeds: np.ndarray, sampling: Sampling) -> Drawn:
+        ids = [self._prompt_ids(prompt) for prompt in prompts]
+        tokens = torch.zeros((len(ids), self.image_length), dtype=torch.long, device=self.device)
+        log_probabilities = torch.zeros(len(ids), dtype=torch.float64, device=self.device)
+        draws = torch.from_numpy(uniforms(seeds, self.image_length)).to(self.device)
+        for length in sorted({len(row) for row in ids}):
+            rows = [i for i, row in enumerate(ids) if len(row) == length]
+            tokens[rows], log_probabilities[rows] = self._sample(
+                torch.tensor([ids[i] for i in rows], device=self.device), draws[rows], sampling
+            )
+        return Drawn(self._decode(tokens), tokens.cpu().numpy(), log_probabilities.cpu().numpy())
+
+    def _sample(self, ids: torch.Tensor, draws: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sample codes for prompts of one length: ids int64 `[n, p]`, draws float64 `[n, t]`."""
+        count, guided = len(ids), sampling.guidance_scale != 1.0
+        if guided:
+            unconditional = ids.clone()
+            unconditional[:, 1:-1] = self.pad  # attended, as upstream has it
+            ids = torch.cat([ids, unconditional])
+        inputs = self.model.get_input_embeddings()(ids)
+        cache, tokens = None, []
+        total = torch.zeros(count, dtype=torch.float64, device=self.device)
+        for step in range(draws.shape[1]):
+            out = self.model.model.language_model(inputs_embeds=inputs, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            logits = self.model.model.generation_head(out.last_hidden_state[:, -1]).float()
+            conditional = logits[:count]
+            if guided:
+                other = logits[count:]
+                logits = other + sampling.guidance_scale * (conditional - other)
+            cumulative = (logits / sampling.temperature).softmax(-1).double().cumsum(-1)
+            threshold = draws[:, step : step + 1] * cumulative[:, -1:]
+            token = torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)
+            total += conditional.log_softmax(-1).gather(1, token[:, None]).squeeze(1).double()
+            tokens.append(token)
+            both = torch.cat([token, token]) if guided else token
+            inputs = self.model.prepare_embeddings_for_image_generation(both)[:, None]
+        return torch.stack(tokens, 1), total
+
+    def _decode(self, tokens: torch.Tensor) -> np.ndarray:
+        """Codes int64 `[n, t]` to pictures uint8 `[n, h, w, 3]`; the VQ decoder's output is in [-1, 1]."""
+        pixels = torch.cat([self.model.decode_image_tokens(part) for part in tokens.split(64)])
+        return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
+
+    @torch.no_grad()
+    def image_log_likelihood(self, prompts: list[str], tokens: np.ndarray) -> np.ndarray:
+        """Exact: the sum over codes of log p(code | prompt, earlier codes)."""
+        ids = [self._prompt_ids(prompt) for prompt in prompts]
+        result = np.zeros(len(ids))
+        for length in sorted({len(row) for row in ids}):
+            rows = [i for i, row in enumerate(ids) if len(row) == length]
+            codes = torch.from_numpy(np.asarray(tokens)[rows].astype(np.int64)).to(self.device)
+            text = self.model.get_input_embeddings()(torch.tensor([ids[i] for i in rows], device=self.device))
+            inputs = torch.cat([text, self.model.prepare_embeddings_for_image_generation(codes[:, :-1])], 1)
+            hidden = self.model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+            logits = self.model.model.generation_head(hidden[:, length - 1 :]).float()
+            picked = logits.log_softmax(-1).gather(2, codes[:, :, None]).squeeze(2)
+            result[rows] = picked.double().sum(1).cpu().numpy()
+        return result
+
+    # --- judging ---------------------------------------------------------------------------------------------------
+
+    def _question_embeddings(self, images: np.ndarray, questions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Right-padded embeddings `[n, s, d]` and the index of each row's last real token; causal, so no mask."""
+        pictures = self.processor.replace_image_token({}, 0)
+        texts = [f"<|User|>: {pictures}\n{question}\n\n<|Assistant|>:" for question in questions]
+        rows = [self.tokenizer.encode(text) for text in texts]
+        last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
+        width = max(len(row) for row in rows)
+        ids = torch.tensor([row + [self.pad] * (width - len(row)) for row in rows], device=self.device)
+        pixels = self.processor.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
+        pixels = pixels.to(self.device, self.model.dtype)
+        features = self.model.model.get_image_features(pixels).pooler_output
+        embeddings = self.model.get_input_embeddings()(ids)
+        mask = (ids == self.placeholder)[:, :, None].expand_as(embeddings)
+        return embeddings.masked_scatter(mask, features.to(embeddings.dtype)), last
+
+    @torch.no_grad()
+    def p_yes(self, images: np.ndarray, questions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        inputs, last = self._question_embeddings(images, questions)
+        hidden = self.model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        logits = self.model.lm_head(hidden[torch.arange(len(last), device=self.device), last])
+        probabilities = logits.double().softmax(-1)
+        yes, no = probabilities[:, self.yes].sum(1), probabilities[:, self.no].sum(1)
+        return (yes / (yes + no)).cpu().numpy(), (1 - yes - no).clamp(min=0).cpu().numpy()
+
+    @torch.no_grad()
+    def answer(self, images: np.ndarray, questions: list[str], max_new_tokens: int = 64) -> list[str]:
+        answers = []
+        for i in range(len(questions)):  # one by one: unequal lengths, and this is the rare path
+            inputs, _ = self._question_embeddings(images[i : i + 1], questions[i : i + 1])
+            cache = None
+            ids: list[int] = []
+            while len(ids) < max_new_tokens:
+                out = self.model.model.language_model(inputs_embeds=inputs, past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                token = self.model.lm_head(out.last_hidden_state[:, -1]).argmax(-1)
+                if int(token) == self.tokenizer.eos_token_id:
+                    break
+                ids.append(int(token))
+                inputs = self.model.get_input_embeddings()(token)[:, None]
+            answers.append(self.tokenizer.decode(ids))
+        return answers

@@ -1,0 +1,216 @@
+"""Prompts of the little world: what can be said, what it means, and to which split it belongs.
+
+A meaning (`Meaning`) is one or more groups of objects and, for two groups, possibly a spatial relation. An attribute
+that is not said is free; the number of objects is exact. The six categories follow T2I-CompBench in miniature. Two
+prompts that say the same thing in another order ("a star and a circle", "a circle and a star") have one canonical
+form, and the split is a hash of that form: nothing that is held out was ever trained on in other words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import numpy as np
+
+from stages.shapes.scenes import COLOR_NAMES, GRID, SHAPES, TEXTURES, decode_kind, encode_kind
+
+CATEGORIES = ("color", "shape", "texture", "spatial", "numeracy", "complex")
+SPLITS = ("pretraining", "post-training", "held-out")
+NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four", 5: "five"}
+INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+RELATIONS = tuple(INVERSE)
+
+
+@dataclass(frozen=True, order=True)
+class Group:
+    """`count` objects of one description; `None` means that the attribute is free."""
+
+    count: int
+    shape: str
+    color: str | None = None
+    texture: str | None = None
+
+    def phrase(self) -> str:
+        words = [NUMBERS[self.count], self.texture, self.color, self.shape]
+        phrase = " ".join(word for word in words if word)
+        if self.count > 1:
+            return phrase + ("es" if self.shape == "cross" else "s")
+        return phrase.replace("a o", "an o", 1) if phrase.startswith("a o") else phrase
+
+    def fits(self, value: int) -> bool:
+        shape, color, texture = decode_kind(value)
+        return (
+            SHAPES[shape] == self.shape
+            and self.color in (None, COLOR_NAMES[color])
+            and self.texture in (None, TEXTURES[texture])
+        )
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a prompt says. `relation` holds between the first and the second group and needs exactly two of them."""
+
+    category: str
+    groups: tuple[Group, ...]
+    relation: str | None = None
+
+    def prompt(self) -> str:
+        phrases = [group.phrase() for group in self.groups]
+        if self.relation:
+            return f"{phrases[0]} {self.relation} {phrases[1]}"
+        return " and ".join(phrases)
+
+    def canonical(self) -> str:
+        """The same text for every prompt with this meaning."""
+        groups, relation = self.groups, self.relation
+        if relation in ("right of", "below"):
+            groups, relation = groups[::-1], INVERSE[relation]
+        phrases = [group.phrase() for group in groups]
+        return f"{relation}:{phrases}" if relation else f"and:{sorted(phrases)}"
+
+    def split(self) -> str:
+        bucket = hashlib.sha256(self.canonical().encode()).digest()[0]
+        return SPLITS[0] if bucket < 154 else SPLITS[1] if bucket < 205 else SPLITS[2]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+def from_json(text: str) -> Meaning:
+    """The inverse of `Meaning.to_json`; raises ValueError on anything else."""
+    try:
+        fields = json.loads(text)
+        return Meaning(fields["category"], tuple(Group(**group) for group in fields["groups"]), fields["relation"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"metadata is not a shapes meaning: {text!r}") from error
+
+
+def _singles(colors: bool, textures: bool) -> list[Group]:
+    return [
+        Group(1, shape, color, texture)
+        for shape in SHAPES
+        for color in (COLOR_NAMES if colors else (None,))
+        for texture in (TEXTURES if textures else (None,))
+    ]
+
+
+@cache
+def meanings(category: str) -> tuple[Meaning, ...]:
+    """Every meaning of a category, in a fixed order. Raises KeyError on an unknown category."""
+    bare, colored, textured = _singles(False, False), _singles(True, False), _singles(False, True)
+    full = _singles(True, True)
+    related = [(a, b) for a, b in itertools.permutations(bare + colored, 2)]
+    builders: dict[str, Callable[[], list[tuple[Group, ...]]]] = {
+        "color": lambda: [(g,) for g in colored] + list(itertools.permutations(colored, 2)),
+        "texture": lambda: [(g,) for g in textured] + list(itertools.permutations(textured, 2)),
+        "shape": lambda: [
+            groups for n in (1, 2, 3, 4) for groups in itertools.permutations(bare, n) if n < 4 or groups[0] < groups[1]
+        ],
+        "spatial": list,
+        "numeracy": lambda: (
+            [(Group(n, g.shape, g.color, g.texture),) for n in (2, 3, 4, 5) for g in bare + colored + textured]
+            + [
+                (Group(n, a.shape), Group(m, b.shape))
+                for a, b in itertools.permutations(bare, 2)
+                for n in (1, 2, 3, 4)
+                for m in (1, 2, 3, 4)
+                if 2 < n + m <= 5
+            ]
+        ),
+        "complex": lambda: [(a, b) for a in full for b in colored if a.shape != b.shape or a.color != b.color],
+    }
+    plain = [Meaning(category, groups) for groups in builders[category]()]
+    if category == "spatial":
+        plain = [Meaning(category, pair, relation) for pair in related for relation in RELATIONS]
+    elif category == "complex":
+        plain += [Meaning(category, m.groups, relation) for m in plain for relation in RELATIONS]
+    return tuple(plain)
+
+
+@cache
+def split_meanings(category: str, split: str) -> tuple[Meaning, ...]:
+    return tuple(meaning for meaning in meanings(category) if meaning.split() == split)
+
+
+def _pick(names: tuple[str, ...], name: str | None, rng: np.random.Generator) -> int:
+    return int(rng.integers(len(names))) if name is None else names.index(name)
+
+
+def sample_scene(meaning: Meaning, rng: np.random.Generator) -> np.ndarray:
+    """A scene that the prompt describes, `int16 [4, 4]`; free attributes and places are drawn at random."""
+    values = [
+        encode_kind(
+            SHAPES.index(group.shape), _pick(COLOR_NAMES, group.color, rng), _pick(TEXTURES, group.texture, rng)
+        )
+        for group in meaning.groups
+        for _ in range(group.count)
+    ]
+    while True:
+        cells = rng.permutation(GRID * GRID)[: len(values)]
+        if meaning.relation is None or holds(meaning.relation, int(cells[0]), int(cells[1])):
+            break
+    grid = np.zeros(GRID * GRID, dtype=np.int16)
+    grid[cells] = values
+    return grid.reshape(GRID, GRID)
+
+
+def holds(relation: str, first: int, second: int) -> bool:
+    """Whether the cell `first` (row-major) stands in that relation to `second`: strictly, on its axis alone."""
+    if relation in ("left of", "right of"):
+        a, b = first % GRID, second % GRID
+    else:
+        a, b = first // GRID, second // GRID
+    return a < b if relation in ("left of", "above") else a > b
+
+
+def perturb_meaning(meaning: Meaning, rng: np.random.Generator) -> Meaning:
+    """The meaning with one thing changed (an attribute, a number, the relation): a hard negative's caption.
+
+    The result may still describe a given scene (free attributes, symmetric pairs) and may lie in another split: the
+    caller checks both.
+    """
+    groups = list(meaning.groups)
+    which = int(rng.integers(len(groups)))
+    group = groups[which]
+    changes = ["shape"] + [name for name in ("color", "texture") if getattr(group, name)]
+    changes += ["count"] * (meaning.category == "numeracy") + ["relation"] * 2 * bool(meaning.relation)
+    change = changes[rng.integers(len(changes))]
+    if change == "relation":
+        others = [relation for relation in RELATIONS if relation != meaning.relation]
+        return Meaning(meaning.category, meaning.groups, others[rng.integers(len(others))])
+    options: dict[str, tuple] = {
+        "shape": SHAPES,
+        "color": COLOR_NAMES,
+        "texture": TEXTURES,
+        "count": tuple(n for n in NUMBERS if abs(n - group.count) == 1),
+    }
+    choices = [value for value in options[change] if value != getattr(group, change)]
+    fields = asdict(group) | {change: choices[rng.integers(len(choices))]}
+    groups[which] = Group(**fields)
+    return Meaning(meaning.category, tuple(groups), meaning.relation)
+
+
+def perturb_scene(grid: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The scene with one object changed, dropped, added or moved: what a painter's slip looks like."""
+    flat = grid.flatten()
+    full, empty = np.flatnonzero(flat), np.flatnonzero(flat == 0)
+    slip = int(rng.integers(6))
+    place = full[rng.integers(len(full))]
+    if slip < 3:
+        kind = list(decode_kind(flat[place]))
+        sizes = (len(SHAPES), len(COLOR_NAMES), len(TEXTURES))
+        kind[slip] = int(kind[slip] + rng.integers(1, sizes[slip])) % sizes[slip]
+        flat[place] = encode_kind(*kind)
+    elif slip == 3 and len(full) > 1:
+        flat[place] = 0
+    elif slip == 4:
+        flat[empty[rng.integers(len(empty))]] = rng.choice(flat[full])
+    else:
+        flat[empty[rng.integers(len(empty))]] = flat[place]
+        flat[place] = 0
+    return flat.reshape(grid.shape)

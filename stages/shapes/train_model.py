@@ -1,0 +1,230 @@
+"""Step 2 of the tiny model: the language model learns to draw and to judge, on the pretraining split alone.
+
+`python -m stages.shapes.train_model --codes results/pretraining/codes.safetensors --out models/tiny-janus`.
+
+Two tasks share every step: prompt -> image codes (one prompt in ten replaced by padding, for guidance), and picture +
+question -> 1 or 0. Half of the judged pairs match. The others are hard: one thing of the caption or of the scene is
+changed, or (one in five) the caption belongs to another scene of the same category. The oracle labels every pair. The
+two losses are means of their own, since mixed into one token mean the few answers drown. State is saved every
+`--save-every` steps, and the same command continues from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_model
+from torch import nn
+from transformers import JanusForConditionalGeneration
+
+from stages.families.base import Sampling
+from stages.families.janus import Janus
+from stages.shapes import oracle
+from stages.shapes.grammar import (
+    CATEGORIES,
+    Meaning,
+    perturb_meaning,
+    perturb_scene,
+    sample_scene,
+    split_meanings,
+)
+from stages.shapes.scenes import render
+from stages.shapes.tiny_janus import QUESTION, make_config, make_processor
+
+SPLIT = "pretraining"
+PEAK_RATE = 1.5e-3
+
+
+@dataclass
+class Judged:
+    meaning: Meaning
+    grid: np.ndarray
+    label: bool
+
+
+def sample_meaning(rng: np.random.Generator, split: str) -> Meaning:
+    pool = split_meanings(CATEGORIES[rng.integers(len(CATEGORIES))], split)
+    return pool[rng.integers(len(pool))]
+
+
+def sample_judged(rng: np.random.Generator, split: str, hard: float = 0.8) -> Judged:
+    """One labelled pair, matching with probability one half; every caption is of the given split."""
+    wanted = bool(rng.random() < 0.5)
+    while True:
+        meaning = sample_meaning(rng, split)
+        grid = sample_scene(meaning, rng)
+        if not wanted:
+            kind = rng.random()
+            if kind < hard / 2:
+                grid = perturb_scene(grid, rng)
+            elif kind < hard:
+                meaning = perturb_meaning(meaning, rng)
+                if meaning.split() != split:
+                    continue
+            else:
+                pool = split_meanings(meaning.category, split)
+                meaning = pool[rng.integers(len(pool))]
+        elif rng.random() < 0.25:  # a changed scene that still matches: a change alone must not mean "no"
+            grid = perturb_scene(grid, rng)
+        if oracle.matches(meaning, grid) == wanted:
+            return Judged(meaning, grid, wanted)
+
+
+class Batches:
+    """Batches as id tensors over a joint vocabulary: text ids first, then image codes at `len(tokenizer) + code`."""
+
+    def __init__(self, family: Janus, batch: int) -> None:
+        self.family, self.batch = family, batch
+        self.offset = len(family.tokenizer)
+        self.prompt_ids: dict[str, list[int]] = {}
+
+    def ids(self, prompt: str) -> list[int]:
+        if prompt not in self.prompt_ids:
+            self.prompt_ids[prompt] = self.family._prompt_ids(prompt)
+        return self.prompt_ids[prompt]
+
+    def draw(self, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        meanings = [sample_meaning(rng, SPLIT) for _ in range(self.batch)]
+        image = [sample_scene(meaning, rng).ravel() for meaning in meanings]  # code k stands for tile k
+        rows, starts = [], []
+        for meaning, code in zip(meanings, image, strict=True):
+            ids = list(self.ids(meaning.prompt()))
+            if rng.random() < 0.1:
+                ids[1:-1] = [self.family.pad] * (len(ids) - 2)
+            starts.append(len(ids) - 1)
+            rows.append(ids + [self.offset + int(c) for c in code])
+        width = max(map(len, rows))
+        padded = torch.tensor([row + [self.family.pad] * (width - len(row)) for row in rows])
+        return padded, torch.tensor(starts)
+
+
+def drawing_loss(
+    model: JanusForConditionalGeneration, ids: torch.Tensor, starts: torch.Tensor, offset: int, length: int
+):
+    codes = torch.arange(model.config.vq_config.num_embeddings)
+    table = torch.cat(
+        [model.get_input_embeddings().weight[:offset], model.prepare_embeddings_for_image_generation(codes)]
+    )
+    hidden = model.model.language_model(inputs_embeds=table[ids], use_cache=False).last_hidden_state
+    places = starts[:, None] + torch.arange(length)
+    logits = model.model.generation_head(hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.shape[-1])))
+    labels = ids.gather(1, places + 1) - offset
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def judging_loss(family: Janus, judged: list[Judged], rng: np.random.Generator) -> torch.Tensor:
+    images = render(np.stack([pair.grid for pair in judged]))
+    noisy = images + rng.normal(0, 6, images.shape)
+    images = noisy.round().clip(0, 255).astype(np.uint8)  # the decoder's pictures are not pixel-perfect either
+    questions = [QUESTION.format(prompt=pair.meaning.prompt()) for pair in judged]
+    inputs, last = family._question_embeddings(images, questions)
+    hidden = family.model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+    logits = family.model.lm_head(hidden[torch.arange(len(last)), last])
+    one, zero = (family.tokenizer.convert_tokens_to_ids(token) for token in "10")
+    labels = torch.tensor([one if pair.label else zero for pair in judged])
+    return F.cross_entropy(logits, labels)
+
+
+def measure(family: Janus, split: str, prompts: int, seed: int, guidance: float) -> dict[str, float]:
+    """Gen. against the oracle, judge accuracy on balanced hard negatives, and on the model's own pictures, percent."""
+    rng = np.random.default_rng(seed)
+    meanings = [sample_meaning(rng, split) for _ in range(prompts)]
+    images, truth = [], []
+    for start in range(0, prompts, 128):
+        part = meanings[start : start + 128]
+        seeds = rng.integers(1 << 62, size=len(part))
+        drawn = family.generate([m.prompt() for m in part], seeds, Sampling(guidance)).images
+        images.append(drawn)
+        truth += [oracle.matches(m, g) for m, g in zip(part, oracle.read(drawn), strict=True)]
+    judged = [sample_judged(rng, split, hard=1.0) for _ in range(prompts)]
+
+    def say(pictures: np.ndarray, about: list[Meaning]) -> np.ndarray:
+        return np.concatenate(
+            [
+                family.p_yes(pictures[i : i + 128], [QUESTION.format(prompt=m.prompt()) for m in about[i : i + 128]])[0]
+                for i in range(0, len(about), 128)
+            ]
+        )
+
+    hard = say(render(np.stack([pair.grid for pair in judged])), [pair.meaning for pair in judged]) > 0.5
+    own = say(np.concatenate(images), meanings) > 0.5
+    return {
+        "gen": 100 * float(np.mean(truth)),
+        "judge_hard": 100 * float(np.mean(hard == [pair.label for pair in judged])),
+        "judge_own": 100 * float(np.mean(own == truth)),
+    }
+
+
+def train(family: Janus, folder: Path, steps: int, batch: int, seed: int, save_every: int) -> None:
+    model = family.model
+    frozen = set(model.model.vqmodel.parameters())
+    trained = [parameter for parameter in model.parameters() if parameter not in frozen]
+    optimizer = torch.optim.AdamW(trained, lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, PEAK_RATE, total_steps=steps, pct_start=0.05, anneal_strategy="cos", final_div_factor=20
+    )
+    state, first = folder / "state.pt", 0
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        model.load_state_dict(saved["model"], strict=False)
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        first = saved["step"]
+        print(f"continuing at step {first}", flush=True)
+    batches = Batches(family, batch)
+    for step in range(first, steps):
+        rng = np.random.default_rng([seed, step])
+        ids, starts = batches.draw(rng)
+        draw = drawing_loss(model, ids, starts, batches.offset, family.image_length)
+        judge = judging_loss(family, [sample_judged(rng, SPLIT) for _ in range(batch)], rng)
+        optimizer.zero_grad()
+        (draw + judge).backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        done = step + 1
+        if done % 50 == 0:
+            print(f"step {done} drawing {draw.item():.4f} judging {judge.item():.4f}", flush=True)
+        if done % save_every == 0 or done == steps:
+            figures = measure(family, "post-training", 384, 1, 5.0)
+            print(f"step {done} post-training split: {json.dumps(figures)}", flush=True)
+            temporary = state.with_suffix(".tmp")
+            torch.save(
+                {
+                    "model": {k: v for k, v in model.state_dict().items() if ".vqmodel." not in k},
+                    "optimizer": optimizer.state_dict(),
+                    "schedule": schedule.state_dict(),
+                    "step": done,
+                },
+                temporary,
+            )
+            temporary.replace(state)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--codes", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("results/pretraining"))
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.manual_seed(arguments.seed)
+    processor = make_processor()
+    model = JanusForConditionalGeneration(make_config(processor))
+    load_model(model.model.vqmodel, str(arguments.codes))
+    family = Janus(model, processor)
+    train(family, arguments.work, arguments.steps, arguments.batch, arguments.seed, arguments.save_every)
+    family.save(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
