@@ -1,0 +1,185 @@
+"""Every Parquet file that passes between stages, column by column; reading and writing validate.
+
+Files are zstd-compressed and open with pandas, DuckDB or anything else; tables join on `prompt_id` and `candidate_id`.
+The key-value metadata under `selfgap` is JSON: kind, stage, code hashes, settings, parents (kind and content hash).
+Nothing in it differs between two equal runs, so equal runs give equal files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stages.common.code import code
+from stages.common.runtime import UserError, whole_file
+
+TEXT, INTEGER, REAL, TRUTH = pa.string(), pa.int64(), pa.float64(), pa.bool_()
+
+# kind -> column -> (type, whether it may be null)
+SCHEMAS: dict[str, dict[str, tuple[pa.DataType, bool]]] = {
+    "prompts": {
+        "prompt_id": (TEXT, False),  # 16 hex digits of the hash of the normalised prompt
+        "prompt": (TEXT, False),
+        "category": (TEXT, False),
+        "source": (TEXT, False),  # shapes, text or geneval
+        "split": (TEXT, False),
+        "difficulty": (TEXT, True),  # easy, medium or hard, where the benchmark says
+        "metadata": (TEXT, True),  # JSON: what the benchmark's judge needs
+    },
+    "candidates": {
+        "candidate_id": (
+            TEXT,
+            False,
+        ),  # hash of checkpoint, prompt_id, round, index, seed and sampling
+        "prompt_id": (TEXT, False),
+        "round": (INTEGER, False),  # 0, or the epoch at which the discard pool was drawn again
+        "index": (INTEGER, False),  # 0 to N - 1 within its prompt and round
+        "seed": (INTEGER, False),
+        "tokens": (pa.list_(pa.uint16()), True),  # image token ids, where the family has them
+        "log_probability": (REAL, True),  # natural log, given the prompt, no guidance, temperature 1
+        "shard": (TEXT, False),  # name of the tar beside this file
+        "offset": (INTEGER, False),  # of the PNG's bytes in the tar
+        "nbytes": (INTEGER, False),
+        "width": (INTEGER, False),
+        "height": (INTEGER, False),
+        "checkpoint": (TEXT, False),  # hash of the weights that drew it
+        "guidance_scale": (REAL, False),
+        "temperature": (REAL, False),
+    },
+    "scores": {
+        "candidate_id": (TEXT, False),
+        "prompt_id": (TEXT, False),
+        "p_yes": (REAL, True),  # P(yes) / (P(yes) + P(no)); null where an answer could not be read
+        "p_neither": (REAL, True),  # probability mass on neither answer
+        "verdict": (TRUTH, True),  # whether the judge says that the image matches; null: the answer could not be read
+        "answer": (TEXT, True),  # the generated answer, in mode `answer`
+        "judge": (TEXT, False),  # the checkpoint's hash, or the external judge's name
+    },
+    "pairs": {
+        "prompt_id": (TEXT, False),
+        "round": (INTEGER, False),
+        "chosen": (TEXT, False),  # candidate_id
+        "rejected": (TEXT, True),  # candidate_id; null for SFT rows
+        "chosen_p_yes": (REAL, True),
+        "rejected_p_yes": (REAL, True),
+        "margin": (REAL, True),
+        "reference_chosen": (REAL, True),  # log-probabilities under the reference model, where DPO needs them
+        "reference_rejected": (REAL, True),
+        "reference_checkpoint": (TEXT, True),
+    },
+    "discard": {
+        "prompt_id": (TEXT, False),
+        "round": (INTEGER, False),
+        "best_p_yes": (REAL, True),
+        "reason": (TEXT, False),  # no_accepted (waits for replay), no_rejected or small_margin (DPO; do not wait)
+    },
+    "schedule": {
+        "step": (INTEGER, False),  # optimizer step, from 0
+        "position": (INTEGER, False),  # place in the step's global batch
+        "epoch": (INTEGER, False),  # from 1
+        "segment": (INTEGER, False),  # how many replays came before
+        "prompt_id": (TEXT, False),
+        "chosen": (TEXT, False),
+        "rejected": (TEXT, True),
+        "reference_chosen": (REAL, True),
+        "reference_rejected": (REAL, True),
+        "reference_checkpoint": (TEXT, True),
+    },
+    "training": {"step": (INTEGER, False), "metric": (TEXT, False), "value": (REAL, False)},
+    "metrics": {
+        "run": (TEXT, False),
+        "arm": (TEXT, False),
+        "benchmark": (TEXT, False),
+        "category": (TEXT, False),  # a category, or overall: the unweighted mean over categories
+        "metric": (TEXT, False),
+        "value": (REAL, True),  # percent; null where the denominator is 0
+        "n": (INTEGER, False),  # prompts
+        "numerator": (INTEGER, False),
+        "denominator": (INTEGER, False),
+        "ci_low": (REAL, True),
+        "ci_high": (REAL, True),
+        "seed": (INTEGER, False),
+    },
+}
+
+
+def schema(kind: str) -> pa.Schema:
+    return pa.schema([pa.field(name, type_, null) for name, (type_, null) in SCHEMAS[kind].items()])
+
+
+def content_hash(path: Path) -> str:
+    """16 hex digits over the file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def write(
+    path: Path,
+    kind: str,
+    rows: Sequence[Mapping[str, Any]] | pa.Table,
+    *,
+    stage: str,
+    settings: Mapping[str, Any] | None = None,
+    parents: Iterable[Path] = (),
+) -> None:
+    """Write a manifest whole or not at all. Columns that a row leaves out are null; raises ValueError on a row that
+    does not fit the schema (a programming error, not the user's)."""
+    if isinstance(rows, pa.Table):
+        table = rows.select(schema(kind).names).cast(schema(kind))
+    else:
+        table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema(kind))
+    for name, (_, null) in SCHEMAS[kind].items():
+        if not null and table[name].null_count:
+            raise ValueError(f"{path}: column {name} of a {kind} manifest has nulls")
+    facts = {
+        "kind": kind,
+        "stage": stage,
+        "code": code(stage),
+        "settings": settings or {},
+        "parents": [content_hash(parent) for parent in parents],
+    }
+    table = table.replace_schema_metadata({"selfgap": json.dumps(facts, sort_keys=True, default=str)})
+    with whole_file(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def read(path: Path, kind: str) -> pa.Table:
+    """Read a manifest of that kind. Raises UserError on a missing or broken file, or a column missing or mistyped."""
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such {kind} manifest; run the stage that writes it, or check the path") from None
+    except (pa.ArrowException, OSError) as error:
+        message = f"{path}: not a readable Parquet file ({error}); delete it and run again"
+        raise UserError(message.replace("\n", " ")) from None
+    for name, (type_, null) in SCHEMAS[kind].items():
+        if name not in table.column_names:
+            raise UserError(f"{path}: column {name!r} of a {kind} manifest is missing; delete the file and run again")
+        try:
+            column = table[name].cast(type_)
+        except pa.ArrowException:
+            raise UserError(
+                f"{path}: column {name!r} is {table.schema.field(name).type}, a {kind} manifest has {type_}; "
+                "delete the file and run again"
+            ) from None
+        if not null and column.null_count:
+            raise UserError(f"{path}: column {name!r} has empty values; delete the file and run again")
+    return table.select(list(SCHEMAS[kind])).cast(schema(kind))
+
+
+def read_rows(paths: Path | Iterable[Path], kind: str) -> list[dict[str, Any]]:
+    """The rows of one manifest or of several, in order."""
+    files = [paths] if isinstance(paths, Path) else list(paths)
+    return [row for path in files for row in read(path, kind).to_pylist()]
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """The `selfgap` metadata of a manifest, or an empty dictionary."""
+    metadata = pq.read_schema(path).metadata or {}
+    return json.loads(metadata.get(b"selfgap", b"{}"))
