@@ -46,9 +46,7 @@ def read_text(path: Path) -> str:
         message = f"{path}: not UTF-8 (byte {error.start}); convert it, for example with iconv -f UTF-16 -t UTF-8"
         raise UserError(message) from None
     if "\0" in text:
-        raise UserError(
-            f"{path}: has NUL characters, so it is not UTF-8 text; convert it with iconv -f UTF-16 -t UTF-8"
-        )
+        raise UserError(f"{path}: has NUL characters, so it is not UTF-8 text; convert it with iconv -f UTF-16 -t UTF-8")
     if not text.strip():
         raise UserError(f"{path}: holds no prompt; give a file with one prompt a line")
     return text
@@ -93,9 +91,7 @@ def shapes_rows(chosen: PromptSet) -> list[dict[str, Any]]:
 
     unknown = [name for name in chosen.categories if name not in CATEGORIES]
     if unknown:
-        raise UserError(
-            f"prompts.*.categories: {unknown[0]!r} is no category of shapes; known: {', '.join(CATEGORIES)}"
-        )
+        raise UserError(f"prompts.*.categories: {unknown[0]!r} is no category of shapes; known: {', '.join(CATEGORIES)}")
     rows = []
     for category in chosen.categories or CATEGORIES:
         for meaning in split_meanings(category, chosen.split):

@@ -66,16 +66,12 @@ def test_there_are_enough_distinct_prompts():
 
 
 def test_splits_share_no_meaning_in_any_wording():
-    canonical = {
-        split: {m.canonical() for category in CATEGORIES for m in split_meanings(category, split)} for split in SPLITS
-    }
+    canonical = {split: {m.canonical() for category in CATEGORIES for m in split_meanings(category, split)} for split in SPLITS}
     assert not canonical["pretraining"] & canonical["post-training"]
     assert not canonical["pretraining"] & canonical["held-out"]
     assert not canonical["post-training"] & canonical["held-out"]
     star, circle = Group(1, "star"), Group(1, "circle", "red")
-    assert (
-        Meaning("spatial", (star, circle), "left of").split() == Meaning("spatial", (circle, star), "right of").split()
-    )
+    assert Meaning("spatial", (star, circle), "left of").split() == Meaning("spatial", (circle, star), "right of").split()
 
 
 def test_pretraining_captions_and_negatives_stay_in_their_split():

@@ -30,21 +30,15 @@ class Model(Section):
     family: Literal["janus"] = "janus"
     checkpoint: str = "models/tiny-janus"
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:0; auto takes a GPU where there is one")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="auto: bfloat16 on a GPU, else float32"
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto: bfloat16 on a GPU, else float32")
 
 
 class PromptSet(Section):
     """Where a list of prompts comes from."""
 
     source: Literal["shapes", "text", "geneval"] = "shapes"
-    files: list[str] = Field(
-        default=[], description="text: one prompt a line, the file's name is its category; geneval: JSONL"
-    )
-    exclude: list[str] = Field(
-        default=[], description="text files whose prompts are dropped (validation prompts from train)"
-    )
+    files: list[str] = Field(default=[], description="text: one prompt a line, the file's name is its category; geneval: JSONL")
+    exclude: list[str] = Field(default=[], description="text files whose prompts are dropped (validation prompts from train)")
     split: Literal["post-training", "held-out"] = Field(default="post-training", description="shapes: which split")
     categories: list[str] = Field(default=[], description="shapes: these categories alone; empty: all")
     count: Positive | None = Field(default=None, description="how many, evenly over the categories; empty: all")
@@ -70,12 +64,8 @@ class Generate(Section):
 
 
 class Score(Section):
-    mode: Literal["p_yes", "answer"] = Field(
-        default="p_yes", description="answer: generate and parse `The score is 0/1.`"
-    )
-    question: str | None = Field(
-        default=None, description="with {prompt}; empty: the family's own, the paper's question"
-    )
+    mode: Literal["p_yes", "answer"] = Field(default="p_yes", description="answer: generate and parse `The score is 0/1.`")
+    question: str | None = Field(default=None, description="with {prompt}; empty: the family's own, the paper's question")
     max_new_tokens: Positive = 128
     batch_size: Positive = 64
 
@@ -89,15 +79,11 @@ class Score(Section):
 class Pairs(Section):
     """Which candidates become training data. The paper leaves thresholds, ties and numbers open: these are ours."""
 
-    filter: Literal["judge", "everything", "oracle"] = Field(
-        default="judge", description="everything and oracle are controls"
-    )
+    filter: Literal["judge", "everything", "oracle"] = Field(default="judge", description="everything and oracle are controls")
     accept_threshold: Share = Field(default=0.7, description="accepted: p_yes at least this")
     reject_threshold: Share = Field(default=0.5, description="rejected (DPO): p_yes below this")
     minimum_margin: Share = Field(default=0.2, description="DPO: chosen's p_yes minus rejected's, at least")
-    chosen_per_prompt: Positive | None = Field(
-        default=4, description="SFT rows a prompt at most; empty: every accepted one"
-    )
+    chosen_per_prompt: Positive | None = Field(default=4, description="SFT rows a prompt at most; empty: every accepted one")
     rule: Literal["highest", "random"] = Field(default="highest", description="which of the accepted")
 
 

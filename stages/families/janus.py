@@ -54,9 +54,7 @@ class Janus:
             )
             processor = JanusProcessor.from_pretrained(checkpoint, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"{checkpoint}: the checkpoint does not load ({error}); download or convert it again"
-            ) from None
+            raise UserError(f"{checkpoint}: the checkpoint does not load ({error}); download or convert it again") from None
         return cls(model.to(device), processor)
 
     def save(self, folder: Path) -> None:

@@ -144,9 +144,7 @@ def _pick(names: tuple[str, ...], name: str | None, rng: np.random.Generator) ->
 def sample_scene(meaning: Meaning, rng: np.random.Generator) -> np.ndarray:
     """A scene that the prompt describes, `int16 [4, 4]`; free attributes and places are drawn at random."""
     values = [
-        encode_kind(
-            SHAPES.index(group.shape), _pick(COLOR_NAMES, group.color, rng), _pick(TEXTURES, group.texture, rng)
-        )
+        encode_kind(SHAPES.index(group.shape), _pick(COLOR_NAMES, group.color, rng), _pick(TEXTURES, group.texture, rng))
         for group in meaning.groups
         for _ in range(group.count)
     ]

@@ -53,14 +53,10 @@ def make_processor() -> JanusProcessor:
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     bos = SPECIAL["bos_token"]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, words.index(bos))]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, words.index(bos))])
     standard = {name: SPECIAL[name] for name in ("pad_token", "bos_token", "eos_token", "unk_token")}
     extra = {name: SPECIAL[name] for name in ("image_token", "boi_token", "eoi_token")}
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **standard, extra_special_tokens=extra, padding_side="left"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **standard, extra_special_tokens=extra, padding_side="left")
     fast.add_special_tokens({"additional_special_tokens": list(ROLES)}, replace_extra_special_tokens=False)
     images = JanusImageProcessorPil(
         size={"height": SIZE, "width": SIZE}, min_size=SIZE, image_mean=[0.5] * 3, image_std=[0.5] * 3

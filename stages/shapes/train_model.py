@@ -104,13 +104,9 @@ class Batches:
         return padded, torch.tensor(starts)
 
 
-def drawing_loss(
-    model: JanusForConditionalGeneration, ids: torch.Tensor, starts: torch.Tensor, offset: int, length: int
-):
+def drawing_loss(model: JanusForConditionalGeneration, ids: torch.Tensor, starts: torch.Tensor, offset: int, length: int):
     codes = torch.arange(model.config.vq_config.num_embeddings)
-    table = torch.cat(
-        [model.get_input_embeddings().weight[:offset], model.prepare_embeddings_for_image_generation(codes)]
-    )
+    table = torch.cat([model.get_input_embeddings().weight[:offset], model.prepare_embeddings_for_image_generation(codes)])
     hidden = model.model.language_model(inputs_embeds=table[ids], use_cache=False).last_hidden_state
     places = starts[:, None] + torch.arange(length)
     logits = model.model.generation_head(hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.shape[-1])))
