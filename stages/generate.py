@@ -1,0 +1,124 @@
+"""Draw N candidates for each prompt of a shard, with a checkpoint.
+
+    python -m stages.generate --config config.yaml --prompts prompts.parquet --shard 0/2 --out 0.parquet --images 0.tar
+
+A candidate depends on its own seed (run seed, prompt, round, index), never on batch or shard. Finished batches are kept,
+so a killed shard goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from stages.common import manifests, shards
+from stages.common.batches import kept_batches, planned
+from stages.common.config import load
+from stages.common.runtime import UserError, run_stage, whole_file
+from stages.common.seeds import candidate_seed
+from stages.families.checkpoints import checkpoint_hash
+
+
+def shard_of(rows: list[Any], shard: str) -> list[Any]:
+    """Piece k of n of the rows, for `k/n` counted from 0; the pieces are consecutive, disjoint and complete."""
+    try:
+        number, count = (int(part) for part in shard.split("/"))
+    except ValueError:
+        raise UserError(f"--shard {shard}: must look like 0/2 (counted from 0)") from None
+    if not 0 <= number < count:
+        raise UserError(f"--shard {shard}: the number must lie between 0 and {count - 1}")
+    return rows[len(rows) * number // count : len(rows) * (number + 1) // count]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--prompts", type=Path, required=True, help="prompt manifest")
+    parser.add_argument("--shard", default="0/1", help="piece k of n, as k/n, counted from 0")
+    parser.add_argument("--checkpoint", type=Path, help="default: model.checkpoint")
+    parser.add_argument("--candidates", type=int, help="images a prompt; default: generate.candidates")
+    parser.add_argument("--round", type=int, default=0, help="0, or the epoch of a replay")
+    parser.add_argument("--out", type=Path, required=True, help="candidate manifest (Parquet)")
+    parser.add_argument("--images", type=Path, required=True, help="image shard (tar), in the folder of --out")
+    arguments = parser.parse_args()
+    config = load(arguments.config)
+    settings = config.generate
+    count = settings.candidates if arguments.candidates is None else arguments.candidates
+    if count < 1:
+        raise UserError(f"--candidates {count}: at least 1 image a prompt")
+    if arguments.images.parent.resolve() != arguments.out.parent.resolve():
+        raise UserError(f"{arguments.images}: the image shard must lie beside {arguments.out}")
+    prompts = shard_of(manifests.read_rows(arguments.prompts, "prompts"), arguments.shard)
+    checkpoint = arguments.checkpoint or Path(config.model.checkpoint)
+    weights = checkpoint_hash(checkpoint)
+
+    def plan_row(prompt: dict[str, Any], index: int) -> dict[str, Any]:
+        identity = (weights, prompt["prompt_id"], arguments.round, index, config.seed)
+        sampling = (settings.guidance_scale, settings.temperature)
+        return {
+            "candidate_id": hashlib.sha256(repr((identity, sampling)).encode()).hexdigest()[:16],
+            "prompt_id": prompt["prompt_id"],
+            "round": arguments.round,
+            "index": index,
+            "seed": candidate_seed(config.seed, prompt["prompt_id"], arguments.round, index),
+            "shard": arguments.images.name,
+            "checkpoint": weights,
+            "guidance_scale": settings.guidance_scale,
+            "temperature": settings.temperature,
+        }
+
+    plan = [(prompt, plan_row(prompt, index)) for prompt in prompts for index in range(count)]
+    batches: list[Any] = []
+    family = None
+    if plan:
+        from stages.families import open_family
+        from stages.families.base import Sampling
+
+        family = open_family(config.model, checkpoint)
+        buckets = {prompt["prompt_id"]: family.bucket(prompt["prompt"]) for prompt in prompts}
+        batches = list(planned(sorted(plan, key=lambda item: buckets[item[0]["prompt_id"]]), settings.batch_size))
+
+    def draw(batch: Any) -> pa.Table:
+        import numpy as np
+
+        assert family is not None
+        seeds = np.array([row["seed"] for _, row in batch])
+        sampling = Sampling(settings.guidance_scale, settings.temperature)
+        drawn = family.generate([prompt["prompt"] for prompt, _ in batch], seeds, sampling)
+        tokens = [None] * len(batch) if drawn.tokens is None else list(drawn.tokens.astype(np.uint16))
+        return pa.table(
+            {
+                "candidate_id": [row["candidate_id"] for _, row in batch],
+                "png": pa.array([shards.png(image) for image in drawn.images], pa.binary()),
+                "tokens": pa.array(tokens, pa.list_(pa.uint16())),
+                "log_probability": pa.array(drawn.log_probabilities, pa.float64()),
+                "height": [image.shape[0] for image in drawn.images],
+                "width": [image.shape[1] for image in drawn.images],
+            }
+        )
+
+    key = ("generate", weights, repr(settings), count, arguments.round, config.seed, arguments.shard)
+    key = (*key, manifests.content_hash(arguments.prompts))
+    rows = {row["candidate_id"]: row for _, row in plan}
+    with kept_batches(arguments.out, key, batches, draw, "generate") as tables:
+        with whole_file(arguments.images) as temporary, temporary.open("wb") as tar:
+            for table in tables:
+                for item in table.to_pylist():
+                    row = rows[item["candidate_id"]]
+                    row["offset"], row["nbytes"] = shards.append(tar, item["candidate_id"], item.pop("png"))
+                    row.update(item)
+            shards.finish(tar)
+        facts = settings.model_dump(exclude={"shards", "batch_size"})
+        parents = [arguments.prompts]
+        manifests.write(
+            arguments.out, "candidates", list(rows.values()), stage="stages.generate", settings=facts, parents=parents
+        )
+    print(f"{len(rows)} candidates of {len(prompts)} prompts")
+
+
+if __name__ == "__main__":
+    run_stage(main)
