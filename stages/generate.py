@@ -101,8 +101,8 @@ def main() -> None:
             }
         )
 
-    key = ("generate", weights, repr(settings), count, arguments.round, config.seed, arguments.shard)
-    key = (*key, manifests.content_hash(arguments.prompts))
+    prompts_hash = manifests.content_hash(arguments.prompts)
+    key = ("generate", weights, repr(settings), count, arguments.round, config.seed, arguments.shard, prompts_hash)
     rows = {row["candidate_id"]: row for _, row in plan}
     with kept_batches(arguments.out, key, batches, draw, "generate") as tables:
         with whole_file(arguments.images) as temporary, temporary.open("wb") as tar:

@@ -12,7 +12,6 @@ from stages.common import manifests, shards
 from stages.common.batches import planned
 from stages.common.config import load
 from stages.common.runtime import UserError, run_stage
-from stages.score import prompts_of
 
 
 def main() -> None:
@@ -27,7 +26,7 @@ def main() -> None:
     from stages.shapes.grammar import from_json
 
     candidates = manifests.read_rows(arguments.candidates, "candidates")
-    prompts = prompts_of(arguments.prompts, candidates)
+    prompts = manifests.prompts_of(arguments.prompts, candidates)
     rows = []
     for batch in planned(candidates, 1024):
         grids = oracle.read(shards.read_images(arguments.candidates, batch))

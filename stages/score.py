@@ -15,7 +15,7 @@ import pyarrow as pa
 from stages.common import manifests, shards
 from stages.common.batches import kept_batches, planned
 from stages.common.config import load
-from stages.common.runtime import UserError, run_stage
+from stages.common.runtime import run_stage
 from stages.families.checkpoints import checkpoint_hash
 
 VERDICT_THRESHOLD = 0.5
@@ -30,15 +30,6 @@ def parse_answer(answer: str) -> bool | None:
     return first.group(1).lower() in ("yes", "1") if first else None
 
 
-def prompts_of(path: Path, candidates: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Prompt rows by id; UserError where a candidate's prompt is not among them."""
-    prompts = {row["prompt_id"]: row for row in manifests.read_rows(path, "prompts")}
-    missing = next((row["prompt_id"] for row in candidates if row["prompt_id"] not in prompts), None)
-    if missing:
-        raise UserError(f"{path}: prompt_id {missing} of the candidates is not there; give the manifest they were drawn for")
-    return prompts
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
@@ -50,7 +41,7 @@ def main() -> None:
     config = load(arguments.config)
     settings = config.score
     candidates = manifests.read_rows(arguments.candidates, "candidates")
-    prompts = prompts_of(arguments.prompts, candidates)
+    prompts = manifests.prompts_of(arguments.prompts, candidates)
     checkpoint = arguments.checkpoint or Path(config.model.checkpoint)
     weights = checkpoint_hash(checkpoint)
     family = None
@@ -83,9 +74,7 @@ def main() -> None:
         manifests.write(arguments.out, "scores", table, stage="stages.score", settings=facts, parents=parents)
     verdicts = table["verdict"].to_pylist()
     unread = sum(verdict is None for verdict in verdicts)
-    print(
-        f"{len(verdicts)} judged: {sum(v is True for v in verdicts)} yes, {sum(v is False for v in verdicts)} no, {unread} unread"
-    )
+    print(f"{len(verdicts)} judged: {verdicts.count(True)} yes, {verdicts.count(False)} no, {unread} could not be read")
 
 
 if __name__ == "__main__":

@@ -179,6 +179,15 @@ def read_rows(paths: Path | Iterable[Path], kind: str) -> list[dict[str, Any]]:
     return [row for path in files for row in read(path, kind).to_pylist()]
 
 
+def prompts_of(path: Path, candidates: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Prompt rows by id; UserError where a candidate's prompt is not among them."""
+    prompts = {row["prompt_id"]: row for row in read_rows(path, "prompts")}
+    missing = next((row["prompt_id"] for row in candidates if row["prompt_id"] not in prompts), None)
+    if missing:
+        raise UserError(f"{path}: prompt_id {missing} of the candidates is not there; give the manifest they were drawn for")
+    return prompts
+
+
 def facts(path: Path) -> dict[str, Any]:
     """The `selfgap` metadata of a manifest, or an empty dictionary."""
     metadata = pq.read_schema(path).metadata or {}

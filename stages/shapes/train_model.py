@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ from stages.shapes.scenes import render
 from stages.shapes.tiny_janus import QUESTION, make_config, make_processor
 
 SPLIT = "pretraining"
-PEAK_RATE = 1.5e-3
+PEAK_RATE = 1.0e-3
 
 
 @dataclass
@@ -48,16 +49,31 @@ class Judged:
     label: bool
 
 
-def sample_meaning(rng: np.random.Generator, split: str) -> Meaning:
-    pool = split_meanings(CATEGORIES[rng.integers(len(CATEGORIES))], split)
+@cache
+def simple_meanings(split: str) -> tuple[Meaning, ...]:
+    """One group of one or two objects: few of all prompts, but words and pictures are tied together on them."""
+    return tuple(
+        meaning
+        for category in CATEGORIES
+        for meaning in split_meanings(category, split)
+        if len(meaning.groups) == 1 and meaning.groups[0].count <= 2
+    )
+
+
+def sample_meaning(rng: np.random.Generator, split: str, simple: float = 0.0) -> Meaning:
+    """A prompt of the split, categories evenly; with probability `simple` one of the simple prompts."""
+    if rng.random() < simple:
+        pool = simple_meanings(split)
+    else:
+        pool = split_meanings(CATEGORIES[rng.integers(len(CATEGORIES))], split)
     return pool[rng.integers(len(pool))]
 
 
-def sample_judged(rng: np.random.Generator, split: str, hard: float = 0.8) -> Judged:
+def sample_judged(rng: np.random.Generator, split: str, hard: float = 0.8, simple: float = 0.0) -> Judged:
     """One labelled pair, matching with probability one half; every caption is of the given split."""
     wanted = bool(rng.random() < 0.5)
     while True:
-        meaning = sample_meaning(rng, split)
+        meaning = sample_meaning(rng, split, simple)
         grid = sample_scene(meaning, rng)
         if not wanted:
             kind = rng.random()
@@ -89,8 +105,8 @@ class Batches:
             self.prompt_ids[prompt] = self.family._prompt_ids(prompt)
         return self.prompt_ids[prompt]
 
-    def draw(self, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        meanings = [sample_meaning(rng, SPLIT) for _ in range(self.batch)]
+    def draw(self, rng: np.random.Generator, simple: float) -> tuple[torch.Tensor, torch.Tensor]:
+        meanings = [sample_meaning(rng, SPLIT, simple) for _ in range(self.batch)]
         image = [sample_scene(meaning, rng).ravel() for meaning in meanings]  # code k stands for tile k
         rows, starts = [], []
         for meaning, code in zip(meanings, image, strict=True):
@@ -192,9 +208,10 @@ def train(family: Janus, folder: Path, steps: int, batch: int, seed: int, save_e
     batches = Batches(family, batch)
     for step in range(first, steps):
         rng = np.random.default_rng([seed, step])
-        ids, starts = batches.draw(rng)
+        simple = max(0.1, 0.8 - 2.0 * step / steps)  # from mostly simple prompts to mostly all
+        ids, starts = batches.draw(rng, simple)
         draw = drawing_loss(model, ids, starts, batches.offset, family.image_length)
-        judge = judging_loss(family, [sample_judged(rng, SPLIT) for _ in range(batch)], rng)
+        judge = judging_loss(family, [sample_judged(rng, SPLIT, simple=simple) for _ in range(batch)], rng)
         optimizer.zero_grad()
         (draw + judge).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
