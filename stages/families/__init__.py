@@ -16,7 +16,9 @@ FAMILIES = {"janus": ("stages.families.janus", "Janus")}
 def open_family(model: Model, checkpoint: Path | None = None) -> Family:
     """Load the configured model, or another checkpoint of its family; torch is imported here and not before."""
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of loading weights; stages have their own
     device = model.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

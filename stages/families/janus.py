@@ -13,7 +13,7 @@ from transformers import JanusForConditionalGeneration, JanusProcessor
 
 from stages.common.runtime import UserError
 from stages.common.seeds import uniforms
-from stages.families.base import Drawn, Sampling
+from stages.families.base import Drawn, Sampling, TrainingView
 from stages.families.checkpoints import require_model_type
 
 YES = ("1", " 1", "yes", " yes", "Yes", " Yes", "YES", " YES")
@@ -188,3 +188,21 @@ class Janus:
                 inputs = self.model.get_input_embeddings()(token)[:, None]
             answers.append(self.tokenizer.decode(ids))
         return answers
+
+    # --- training --------------------------------------------------------------------------------------------------
+
+    def training_rows(self, prompts: list[str], tokens: np.ndarray) -> list[tuple[list[int], list[int]]]:
+        codes = self.model.config.vq_config.num_embeddings
+        return [
+            ([codes + token for token in self._prompt_ids(prompt)], [int(code) for code in row])
+            for prompt, row in zip(prompts, tokens, strict=True)
+        ]
+
+    def training_view(self) -> TrainingView:
+        from stages.families.janus_training import JanusOverImages
+
+        return TrainingView(
+            JanusOverImages(self.model),
+            self.tokenizer,
+            {"llm": ("janus.model.language_model.layers.", "janus.model.language_model.norm.")},
+        )
