@@ -13,34 +13,33 @@ from typing import Any
 from stages.common import manifests
 from stages.common.runtime import run_stage, whole_file
 
-SUMMARY = ("gen", "und", "non", "weak_generation", "judge_on_base", "judge_on_own")
+SHOWN = ("gen", "non", "und", "judge_on_base", "judge_on_own")
 Row = dict[str, Any]
 
 
 def summary_rows(metrics: list[Row]) -> list[Row]:
-    """One row for each arm and category, in the order of the metrics: value, interval and number of counted verdicts."""
+    """One row for each arm and category: value, 95 % interval, counted verdicts and difference to base of every metric."""
     table: dict[tuple[str, str], Row] = {}
     for row in metrics:
-        if row["metric"] in (*SUMMARY, "false_positive_fixed", "true_positive_broken"):
-            line = table.setdefault((row["arm"], row["category"]), {"arm": row["arm"], "category": row["category"]})
-            name = row["metric"]
-            line |= {name: row["value"], f"{name}_ci_low": row["ci_low"], f"{name}_ci_high": row["ci_high"]}
-            line[f"{name}_n"] = row["denominator"]
+        line = table.setdefault((row["arm"], row["category"]), {"arm": row["arm"], "category": row["category"]})
+        name = row["metric"]
+        line |= {name: row["value"], f"{name}_n": row["denominator"]}
+        line |= {f"{name}_{key}": row[key] for key in ("ci_low", "ci_high", "delta", "delta_ci_low", "delta_ci_high")}
     return list(table.values())
 
 
 def show(rows: list[Row]) -> str:
-    """The overall rows as a table for the terminal."""
-    lines = [f"{'arm':<14}" + "".join(f"{name:>25}" for name in SUMMARY)]
+    """The overall rows as a table for the terminal: value, and the interval of the difference to base."""
+    lines = [f"{'':<14}" + "".join(f"{name:>24}" for name in SHOWN)]
     for row in rows:
         if row["category"] != "overall":
             continue
         cells = []
-        for name in SUMMARY:
-            value, low, high = (row[key] for key in (name, f"{name}_ci_low", f"{name}_ci_high"))
-            interval = f" [{low:.1f}, {high:.1f}]" if low is not None else " (none differ)" if name == "und" else ""
-            cells.append(f"{'-' if value is None else f'{value:.1f}'}{interval}")
-        lines.append(f"{row['arm']:<14}" + "".join(f"{cell:>25}" for cell in cells))
+        for name in SHOWN:
+            value, low, high = (row[key] for key in (name, f"{name}_delta_ci_low", f"{name}_delta_ci_high"))
+            change = "" if row["arm"] == "base" or low is None else f" ({low:+.1f} to {high:+.1f})"
+            cells.append(f"{'-' if value is None else f'{value:.1f}'}{change}")
+        lines.append(f"{row['arm']:<14}" + "".join(f"{cell:>24}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -54,8 +53,9 @@ def main() -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows([{k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in rows])
-    print("overall, percent, 95 % intervals over prompts; und is a win rate on the base model's images, 50 means no change")
+    print("overall, percent; in brackets the 95 % interval of the difference to base, clustered by prompt")
     print(show(rows))
+    print("gen: the judge says the image matches; non: the model refuses its own image; und: win rate over base, 50 is a draw")
 
 
 if __name__ == "__main__":

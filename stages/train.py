@@ -4,21 +4,26 @@
         --candidates base/*.parquet --work work/ --out checkpoint/ --metrics training.parquet [--continue parent-work/]
 
 The schedule is read in order, so a segment continues bit-exactly: `--continue` takes the work folder of the training that
-this one goes on from, and a killed training goes on from its own last save.
+this one goes on from, and a killed training goes on from its own last save. A work folder's saves are keyed by everything
+they depend on (code, settings, base model, the schedule up to there); saves of another key are never continued, and where
+there are none the training starts at the base model, which gives the same weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from stages.common import manifests
+from stages.common.code import code
 from stages.common.config import Config, Train, load
 from stages.common.runtime import UserError, run_stage, sync
+from stages.common.seeds import hash_seed
 from stages.families.checkpoints import checkpoint_hash
 
 Row = dict[str, Any]
@@ -29,6 +34,18 @@ def saves(work: Path) -> list[Path]:
     """Whole saves in a work folder, oldest first: the trainer writes trainer_state.json last."""
     found = [path for path in work.glob(RUNG + "*") if (path / "trainer_state.json").is_file()]
     return sorted(found, key=lambda path: int(path.name.removeprefix(RUNG)))
+
+
+def keyed(work: Path, schedule: list[Row], steps: int, identity: tuple[object, ...]) -> Path:
+    """The folder in `work` for a training over the schedule's first `steps` steps: `<steps>-<hash>`."""
+    rows = [tuple(row.values()) for row in schedule if row["step"] < steps]
+    return work / f"{steps}-{hash_seed(*identity, rows):016x}"
+
+
+def inherited(work: Path, schedule: list[Row], identity: tuple[object, ...]) -> list[Path]:
+    """The parent's saves, if its schedule is the beginning of this one."""
+    counts = {int(path.name.split("-")[0]) for path in work.glob("*-*") if path.is_dir()}
+    return [save for count in sorted(counts) for save in saves(keyed(work, schedule, count, identity))]
 
 
 def training_rows(family: Any, schedule: list[Row], prompts: dict[str, Row], known: dict[str, Row], dpo: bool) -> Any:
@@ -88,6 +105,7 @@ def make_trainer(view: Any, rows: Any, settings: Train, work: Path, steps: int, 
         "save_steps": settings.save_every_steps,
         "save_total_limit": 2,
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # a broken loss must be seen
         "report_to": [],
         "seed": seed,
         "data_seed": seed,
@@ -141,12 +159,12 @@ def place(folder: Path, out: Path) -> None:
 
 
 def metrics_rows(history: list[dict[str, Any]]) -> list[Row]:
-    """The trainer's log as (step, metric, value) rows, without the summaries at the end of a segment."""
+    """The trainer's log as (step, metric, value) rows."""
     return [
         {"step": int(entry["step"]), "metric": name, "value": float(value)}
         for entry in history
         for name, value in sorted(entry.items())
-        if "loss" in entry and name not in ("step", "epoch")
+        if name not in ("step", "epoch")
     ]
 
 
@@ -195,18 +213,22 @@ def main() -> None:
     count = freeze(view.model, view.groups[settings.trainable])
     prompts = manifests.prompts_of(arguments.prompts, list(known.values()))
     rows = training_rows(family, schedule, prompts, known, dpo)
-    trainer = make_trainer(view, rows, settings, arguments.work, steps, config.seed, dpo)
-    own, inherited = saves(arguments.work), saves(arguments.parent) if arguments.parent else []
-    if arguments.parent and not inherited:
-        raise UserError(f"{arguments.parent}: holds no whole save to continue from; run the parent's training again")
-    start = (own or inherited)[-1] if own or inherited else None
-    print(f"{steps} steps, {count:,} trainable numbers, from {start.name if start else 'the base model'}")
+    fixed = settings.model_dump(exclude={"fork_epochs", "save_every_steps"})
+    identity = (arm.objective, fixed, config.seed, checkpoint_hash(base), code("stages.train", type(family).__module__))
+    work = keyed(arguments.work, schedule, steps, identity)
+    for stale in arguments.work.glob("*-*"):
+        if stale != work:
+            shutil.rmtree(stale)
+    trainer = make_trainer(view, rows, settings, work, steps, config.seed, dpo)
+    start = next(reversed(saves(work) or (inherited(arguments.parent, schedule, identity) if arguments.parent else [])), None)
+    print(f"{steps} steps, {count:,} trainable numbers, from {start.name if start else 'the base model'}", flush=True)
     trainer.train(resume_from_checkpoint=str(start) if start else None)
-    history = trainer.state.log_history
-    first = next((entry["loss"] for entry in history if "loss" in entry), None)
-    if first is None or first != first:
-        raise UserError(f"{arguments.schedule}: the loss is not a number; lower train.learning_rate")
-    if not saves(arguments.work) or saves(arguments.work)[-1].name != f"{RUNG}{steps}":
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    broken = next((entry["step"] for entry in history if not math.isfinite(entry["loss"])), None)
+    if broken is not None:
+        shutil.rmtree(work)  # or the next run would continue from broken weights
+        raise UserError(f"{arguments.schedule}: the loss at step {broken} is not finite; lower train.learning_rate")
+    if not saves(work) or saves(work)[-1].name != f"{RUNG}{steps}":
         trainer._save_checkpoint(trainer.model, None)
     view.model.eval()
     finished = arguments.out.parent / f".{arguments.out.name}.tmp"
@@ -221,7 +243,7 @@ def main() -> None:
         parents=[arguments.schedule],
     )
     place(finished, arguments.out)
-    print(json.dumps({"steps": steps, "last_loss": next(e["loss"] for e in reversed(history) if "loss" in e)}))
+    print(json.dumps({"steps": steps, "last_loss": history[-1]["loss"]}))
 
 
 if __name__ == "__main__":

@@ -135,7 +135,8 @@ class Evaluate(Section):
 
 
 class Report(Section):
-    prompts: Positive = Field(default=8, description="prompts on the contact sheet")
+    prompts: Positive = Field(default=8, description="prompts on the contact sheet, trained and held-out each")
+    candidates: Positive = Field(default=10, description="candidates of each on the contact sheet, at most")
 
 
 class Config(Section):

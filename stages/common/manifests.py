@@ -33,10 +33,7 @@ SCHEMAS: dict[str, dict[str, tuple[pa.DataType, bool]]] = {
         "metadata": (TEXT, True),  # JSON: what the benchmark's judge needs
     },
     "candidates": {
-        "candidate_id": (
-            TEXT,
-            False,
-        ),  # hash of checkpoint, prompt_id, round, index, seed and sampling
+        "candidate_id": (TEXT, False),  # hash of checkpoint, prompt_id, round, index, seed and sampling
         "prompt_id": (TEXT, False),
         "round": (INTEGER, False),  # 0, or the epoch at which the discard pool was drawn again
         "index": (INTEGER, False),  # 0 to N - 1 within its prompt and round
@@ -104,6 +101,9 @@ SCHEMAS: dict[str, dict[str, tuple[pa.DataType, bool]]] = {
         "denominator": (INTEGER, False),
         "ci_low": (REAL, True),
         "ci_high": (REAL, True),
+        "delta": (REAL, True),  # value minus the base model's; for und, minus 50
+        "delta_ci_low": (REAL, True),
+        "delta_ci_high": (REAL, True),
         "seed": (INTEGER, False),
     },
 }

@@ -5,8 +5,9 @@
 Two tasks share every step: prompt -> image codes (one prompt in ten replaced by padding, for guidance), and picture +
 question -> 1 or 0. Half of the judged pairs match. The others are hard: one thing of the caption or of the scene is
 changed, or (one in five) the caption belongs to another scene of the same category. The oracle labels every pair. The
-two losses are means of their own, since mixed into one token mean the few answers drown. State is saved every
-`--save-every` steps, and the same command continues from it.
+two losses are means of their own, since mixed into one token mean the few answers drown. A step holds more judging than
+drawing, since an answer teaches one bit and a drawing sixteen codes. State is saved every `--save-every` steps, and the
+same command continues from it.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ def initialise(model: JanusForConditionalGeneration) -> None:
         nn.init.normal_(head.weight, std=0.5 * head.in_features**-0.5)
 
 
-def train(family: Janus, folder: Path, steps: int, batch: int, seed: int, save_every: int) -> None:
+def train(family: Janus, folder: Path, steps: int, drawn: int, judged: int, seed: int, save_every: int) -> None:
     model = family.model
     frozen = set(model.model.vqmodel.parameters())
     trained = [parameter for parameter in model.parameters() if parameter not in frozen]
@@ -205,13 +206,13 @@ def train(family: Janus, folder: Path, steps: int, batch: int, seed: int, save_e
         schedule.load_state_dict(saved["schedule"])
         first = saved["step"]
         print(f"continuing at step {first}", flush=True)
-    batches = Batches(family, batch)
+    batches = Batches(family, drawn)
     for step in range(first, steps):
         rng = np.random.default_rng([seed, step])
         simple = max(0.1, 0.8 - 2.0 * step / steps)  # from mostly simple prompts to mostly all
         ids, starts = batches.draw(rng, simple)
         draw = drawing_loss(model, ids, starts, batches.offset, family.image_length)
-        judge = judging_loss(family, [sample_judged(rng, SPLIT, simple=simple) for _ in range(batch)], rng)
+        judge = judging_loss(family, [sample_judged(rng, SPLIT, simple=simple) for _ in range(judged)], rng)
         optimizer.zero_grad()
         (draw + judge).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -241,8 +242,9 @@ def main() -> None:
     parser.add_argument("--codes", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("results/pretraining"))
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--drawn", type=int, default=40, help="drawings a step")
+    parser.add_argument("--judged", type=int, default=192, help="judged pairs a step")
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -252,7 +254,7 @@ def main() -> None:
     initialise(model)
     load_model(model.model.vqmodel, str(arguments.codes))
     family = Janus(model, processor)
-    train(family, arguments.work, arguments.steps, arguments.batch, arguments.seed, arguments.save_every)
+    train(family, arguments.work, arguments.steps, arguments.drawn, arguments.judged, arguments.seed, arguments.save_every)
     family.save(arguments.out)
 
 

@@ -1,0 +1,253 @@
+"""The configuration, and where the things of a run lie.
+
+results/<run>/prompts/<set>.parquet
+results/<run>/<node>/candidates/<set>/<shard>.parquet and .tar     node: base, or a trained checkpoint
+results/<run>/<node>/scores/<set>/<shard>.parquet                  the node's own verdicts
+results/<run>/<node>/verdicts/<set>/<shard>.parquet                the external judge's
+results/<run>/<arm>/pairs.parquet, discard.parquet                 arms that select alike share the first one's
+results/<run>/<node>/schedule.parquet, checkpoint/, training.parquet, replay/, metrics.parquet
+"""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from stages.common import arms as arm_tree
+from stages.common.code import code
+from stages.common.config import validate
+from stages.common.runtime import UserError
+from stages.families.checkpoints import require_model_type
+
+try:
+    settings = validate(dict(config), ", ".join(str(path) for path in workflow.configfiles))
+    require_model_type(Path(settings.model.checkpoint), settings.model.family)
+    NODES = arm_tree.nodes(settings)
+except UserError as error:
+    raise WorkflowError(str(error))
+
+RUN = f"results/{settings.run}"
+CONFIG = f"{RUN}/run_config.yaml"
+SHARDS = [f"{number:04d}" for number in range(settings.generate.shards)]
+FAMILY = f"stages.families.{settings.model.family}"
+# What a model's answers depend on besides its weights; where it runs and how many at once are not part of it.
+MODEL = {"family": settings.model.family, "dtype": settings.model.dtype}
+
+
+wildcard_constraints:
+    arm="|".join(settings.arms) or "none",
+    node="|".join(["base", *NODES]),
+    set="train|evaluation|replay|base-evaluation",
+    shard=r"\d{4}",
+
+
+# Models
+
+
+def checkpoint_files(node):
+    """The files whose change makes it another model."""
+    if node != "base":
+        return [f"{RUN}/{node}/checkpoint/model.safetensors"]
+    folder = Path(settings.model.checkpoint)
+    return sorted(str(path) for path in [folder / "config.json", *folder.glob("*.safetensors")])
+
+
+def parent_checkpoint(wildcards):
+    parent = NODES[wildcards.node].parent
+    return checkpoint_files(parent) if parent else []
+
+
+# Prompts and candidates
+
+
+def prompt_files(wildcards):
+    chosen = getattr(settings.prompts, wildcards.set)
+    return [*chosen.files, *chosen.exclude]
+
+
+def prompt_manifest(wildcards):
+    if wildcards.set == "replay":
+        return f"{RUN}/{wildcards.node}/replay/pool.parquet"
+    return f"{RUN}/prompts/{wildcards.set.removeprefix('base-')}.parquet"
+
+
+def images_per_prompt(wildcards):
+    if wildcards.set == "evaluation":
+        return settings.evaluate.images_per_prompt
+    if wildcards.set == "replay":
+        return settings.arms[NODES[wildcards.node].arm].candidates or settings.generate.candidates
+    return settings.generate.candidates
+
+
+def shard_files(node, kind, images):
+    """All shards' manifests of one kind: candidates, scores or verdicts."""
+    return expand(f"{RUN}/{node}/{kind}/{images}/{{shard}}.parquet", shard=SHARDS)
+
+
+def candidate_manifest(wildcards):
+    """Set base-evaluation is the base model's evaluation images."""
+    if wildcards.set == "base-evaluation":
+        return f"{RUN}/base/candidates/evaluation/{wildcards.shard}.parquet"
+    return f"{RUN}/{wildcards.node}/candidates/{wildcards.set}/{wildcards.shard}.parquet"
+
+
+def image_shard(wildcards):
+    return str(Path(candidate_manifest(wildcards)).with_suffix(".tar"))
+
+
+# Selection
+
+
+def judgements(arm):
+    """Whose verdicts select an arm's data: the model's own, but for the control that lets the truth select."""
+    return "verdicts" if settings.arm_pairs(arm).filter == "oracle" else "scores"
+
+
+def selection(arm):
+    """Exactly the settings that an arm's selection reads."""
+    chosen = settings.arms[arm]
+    return {
+        "objective": chosen.objective,
+        "candidates": chosen.candidates,
+        "pairs": settings.arm_pairs(arm).model_dump(),
+        "seed": settings.seed,
+    }
+
+
+def selected(arm):
+    """The folder that holds an arm's selection."""
+    return f"{RUN}/{arm_tree.selection_owner(settings, arm)}"
+
+
+# Replay
+
+
+def pool_before(wildcards):
+    """The discard manifest at the time of a node's replay: its last replay's, or the selection's."""
+    node = NODES[wildcards.node]
+    return f"{RUN}/{node.replays[-1]}/replay/waiting.parquet" if node.replays else f"{selected(node.arm)}/discard.parquet"
+
+
+def replay_scores(wildcards):
+    return shard_files(wildcards.node, judgements(NODES[wildcards.node].arm), "replay")
+
+
+def waiting_pools():
+    """What still waits after every replay that fed an arm."""
+    replays = dict.fromkeys(replay for arm in settings.arms for replay in NODES[arm].replays)
+    return [f"{RUN}/{replay}/replay/waiting.parquet" for replay in replays]
+
+
+# Training
+
+
+def training(node):
+    """Exactly the settings that a node's training reads."""
+    arm = NODES[node].arm
+    chosen = settings.arm_train(arm).model_dump(exclude={"fork_epochs", "save_every_steps"})
+    return {"objective": settings.arms[arm].objective, "seed": settings.seed, **chosen}
+
+
+def pairs_name(node):
+    """DPO trains on the pairs with reference log-probabilities."""
+    return "reference.parquet" if settings.arms[NODES[node].arm].objective == "dpo" else "pairs.parquet"
+
+
+def first_pairs(wildcards):
+    return f"{selected(NODES[wildcards.node].arm)}/{pairs_name(wildcards.node)}"
+
+
+def replayed_pairs(wildcards):
+    return [f"{RUN}/{replay}/replay/{pairs_name(wildcards.node)}" for replay in NODES[wildcards.node].replays]
+
+
+def replay_arguments(wildcards):
+    epochs = [NODES[replay].epoch for replay in NODES[wildcards.node].replays]
+    return [f"--replayed {epoch} {path}" for epoch, path in zip(epochs, replayed_pairs(wildcards))]
+
+
+def training_candidates(wildcards):
+    replayed = [path for replay in NODES[wildcards.node].replays for path in shard_files(replay, "candidates", "replay")]
+    return shard_files("base", "candidates", "train") + replayed
+
+
+def reference_candidates(wildcards):
+    """Wildcard owner: an arm, or <node>/replay."""
+    owner = Path(wildcards.owner)
+    replayed = owner.name == "replay"
+    return shard_files(str(owner.parent), "candidates", "replay") if replayed else shard_files("base", "candidates", "train")
+
+
+def continued(wildcards):
+    parent = NODES[wildcards.node].parent
+    return f"--continue {RUN}/{parent}/work" if parent else ""
+
+
+# Evaluation and report
+
+
+def scores_of_base(wildcards):
+    return shard_files(wildcards.node, "scores", "evaluation" if wildcards.node == "base" else "base-evaluation")
+
+
+def shown_pairs():
+    """The selection of the first arm of each objective."""
+    first = {arm.objective: name for name, arm in reversed(settings.arms.items())}
+    return [f"{selected(name)}/pairs.parquet" for name in first.values()]
+
+
+def show_summary():
+    log = Path(f"{RUN}/logs/summary.log")
+    if log.exists():
+        print(log.read_text())
+
+
+# What is done before and after the jobs
+
+
+# kill -9 leaves Snakemake's lock behind. Its owner is written down, so that the next call can tell that it is gone.
+OWNER = Path(".snakemake/selfgap-owner.json")
+
+
+def release_stale_lock():
+    """Remove the lock of an owner that ran on this machine and is no more; any other lock is left to `--unlock`."""
+    locks = list(Path(".snakemake/locks").glob("*.lock"))
+    if not locks or not OWNER.exists():
+        return
+    owner = json.loads(OWNER.read_text())
+    if owner["host"] != socket.gethostname():
+        return
+    try:
+        os.kill(owner["process"], 0)
+    except ProcessLookupError:
+        for lock in locks:
+            lock.unlink(missing_ok=True)
+    except PermissionError:
+        pass  # it lives, under another user
+
+
+def write_owner():
+    OWNER.parent.mkdir(exist_ok=True)
+    OWNER.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
+
+
+def write_run_config():
+    """The merged configuration beside its results, written where it changed."""
+    import yaml
+
+    from stages.common.runtime import whole_file
+
+    text = yaml.safe_dump(settings.model_dump(), sort_keys=False)
+    path = Path(CONFIG)
+    if path.exists() and path.read_text() == text:
+        return
+    try:
+        with whole_file(path) as temporary:
+            temporary.write_text(text)
+    except OSError as error:
+        raise WorkflowError(f"{path}: cannot be written ({error.strerror}); check permissions and free space of results/")
+
+
+release_stale_lock()

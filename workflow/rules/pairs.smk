@@ -1,0 +1,31 @@
+"""Pairs: verdicts become SFT rows or DPO pairs, and prompts without an accepted candidate the discard pool."""
+
+
+rule pairs:
+    input:
+        candidates=shard_files("base", "candidates", "train"),
+        scores=lambda wildcards: shard_files("base", judgements(wildcards.arm), "train"),
+    output:
+        pairs=f"{RUN}/{{arm}}/pairs.parquet",
+        discard=f"{RUN}/{{arm}}/discard.parquet",
+    log:
+        f"{RUN}/logs/pairs/{{arm}}.log",
+    conda:
+        "../../envs/light.yaml"
+    resources:
+        mem_mb=2000,
+    params:
+        code=code("stages.pairs"),
+        config=CONFIG,
+        selection=lambda wildcards: selection(wildcards.arm),
+    message:
+        "Pairs: {wildcards.arm}"
+    shell:
+        "python -m stages.pairs"
+        " --config {params.config:q}"
+        " --arm {wildcards.arm}"
+        " --candidates {input.candidates:q}"
+        " --scores {input.scores:q}"
+        " --out {output.pairs:q}"
+        " --discard {output.discard:q}"
+        " 2>&1 | tee {log:q}"

@@ -1,0 +1,117 @@
+"""Training: reference log-probabilities for DPO, the schedule, and the trainer that reads it in order.
+
+A node continues its parent bit-exactly from the trainer's own saves in work/, which are no declared outputs: a retry finds
+them, and deleting the folder costs time, nothing else.
+"""
+
+
+rule reference:
+    input:
+        prompts=f"{RUN}/prompts/train.parquet",
+        pairs=f"{RUN}/{{owner}}/pairs.parquet",
+        candidates=reference_candidates,
+        checkpoint=checkpoint_files("base"),
+    output:
+        f"{RUN}/{{owner}}/reference.parquet",
+    log:
+        f"{RUN}/logs/reference/{{owner}}.log",
+    wildcard_constraints:
+        owner=r"[^/]+(/replay)?",
+    conda:
+        "../../envs/models.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+    params:
+        code=code("stages.reference", FAMILY),
+        config=CONFIG,
+        checkpoint=lambda wildcards, input: Path(input.checkpoint[0]).parent,
+        model=MODEL,
+    message:
+        "Reference log-probabilities: {wildcards.owner}"
+    shell:
+        "python -m stages.reference"
+        " --config {params.config:q}"
+        " --prompts {input.prompts:q}"
+        " --pairs {input.pairs:q}"
+        " --candidates {input.candidates:q}"
+        " --checkpoint {params.checkpoint:q}"
+        " --out {output:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule schedule:
+    input:
+        pairs=first_pairs,
+        replayed=replayed_pairs,
+    output:
+        f"{RUN}/{{node}}/schedule.parquet",
+    log:
+        f"{RUN}/logs/schedule/{{node}}.log",
+    conda:
+        "../../envs/light.yaml"
+    resources:
+        mem_mb=2000,
+    params:
+        code=code("stages.schedule"),
+        config=CONFIG,
+        arm=lambda wildcards: NODES[wildcards.node].arm,
+        epochs=lambda wildcards: NODES[wildcards.node].epoch,
+        replayed=replay_arguments,
+        batch_size=lambda wildcards: training(wildcards.node)["batch_size"],
+        seed=settings.seed,
+    message:
+        "Schedule: {wildcards.node}"
+    shell:
+        "python -m stages.schedule"
+        " --config {params.config:q}"
+        " --arm {params.arm}"
+        " --epochs {params.epochs}"
+        " --pairs {input.pairs:q}"
+        " {params.replayed}"
+        " --out {output:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule train:
+    input:
+        prompts=f"{RUN}/prompts/train.parquet",
+        schedule=f"{RUN}/{{node}}/schedule.parquet",
+        candidates=training_candidates,
+        base=checkpoint_files("base"),
+        parent=parent_checkpoint,
+    output:
+        checkpoint=f"{RUN}/{{node}}/checkpoint/model.safetensors",
+        metrics=f"{RUN}/{{node}}/training.parquet",
+    log:
+        f"{RUN}/logs/train/{{node}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/train/{{node}}.jsonl"
+    conda:
+        "../../envs/models.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+    params:
+        code=code("stages.train", FAMILY),
+        config=CONFIG,
+        arm=lambda wildcards: NODES[wildcards.node].arm,
+        parent=continued,
+        work=lambda wildcards, output: Path(output.checkpoint).parent.parent / "work",
+        out=lambda wildcards, output: Path(output.checkpoint).parent,
+        training=lambda wildcards: training(wildcards.node),
+        model=MODEL,
+    message:
+        "Training: {wildcards.node}"
+    shell:
+        "python -m stages.train"
+        " --config {params.config:q}"
+        " --arm {params.arm}"
+        " --prompts {input.prompts:q}"
+        " --schedule {input.schedule:q}"
+        " --candidates {input.candidates:q}"
+        " {params.parent}"
+        " --work {params.work:q}"
+        " --out {params.out:q}"
+        " --metrics {output.metrics:q}"
+        " 2>&1 | tee {log:q}"
