@@ -4,7 +4,7 @@ CORES ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup run test lint format tiny-model
+.PHONY: setup run test lint format study tiny-model
 
 setup: $(STAMP)
 
@@ -31,6 +31,13 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt Snakefile workflow
+
+# The default run and two controls at five seeds: docs/study.csv and docs/study.png.
+SEEDS := 0 1 2 3 4
+study: setup
+	for seed in $(SEEDS); do PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) \
+		--configfile config.yaml configs/study.yaml --config seed=$$seed run=study-$$seed -- all audit || exit 1; done
+	$(BIN)/python -m stages.study --runs $(SEEDS:%=results/study-%) --out docs/study.csv --plot docs/study.png
 
 # Repeats models/tiny-janus from nothing: the image tokenizer, then the language model (an hour on two cores).
 tiny-model: setup

@@ -35,6 +35,14 @@ rule all:
     localrule: True
 
 
+rule audit:
+    """The external judge on the training images too: how precise the selection was. It measures; nothing trains on it."""
+    input:
+        shard_files("base", "verdicts", "train"),
+        [path for replay in replay_nodes() for path in shard_files(replay, "verdicts", "replay")],
+    localrule: True
+
+
 onstart:
     write_owner()
     write_run_config()

@@ -46,7 +46,8 @@ def kept_batches(
         shown.close()
 
     yield run()
-    shutil.rmtree(folder)
+    for kept in out.parent.glob(f".{out.name}.*.partial"):  # this one, and those of killed runs with other settings
+        shutil.rmtree(kept)
 
 
 def planned(items: Sequence[Batch], size: int) -> list[Sequence[Batch]]:

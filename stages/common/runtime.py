@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,16 +27,32 @@ def run_stage(main: Callable[[], None]) -> None:
         sys.exit(f"error: {where}: {error.strerror or error}; check the path, its permissions and the free space")
 
 
+def process_lives(number: int) -> bool:
+    """Whether this machine runs a process of that number."""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; on success it is synced and renamed, so a file that exists is whole."""
+    """A temporary path beside `path`; on success it is synced and renamed, so a file that exists is whole.
+
+    Its name holds machine and process: two writers do not meet, and what a killed one left is removed here.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    prefix = f".{path.name}.{socket.gethostname()}."
+    for left in path.parent.glob(f"{prefix}*.tmp"):
+        if not process_lives(int(left.name.removeprefix(prefix).removesuffix(".tmp"))):
+            left.unlink(missing_ok=True)
+    temporary = path.with_name(f"{prefix}{os.getpid()}.tmp")
+    temporary.touch()
     try:
         yield temporary
-        temporary.chmod(0o644)
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)

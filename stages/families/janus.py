@@ -27,7 +27,7 @@ class Janus:
         "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
         "provides, and assist the user with a variety of tasks using natural language. Does this original image "
         "describe {prompt}? If it describes the scene, score 1; if it does not fully describe, score 0. Please answer "
-        "in the following format: The score is {{your score}}."
+        "in the following format: The score is {your score}."
     )
 
     def __init__(self, model: JanusForConditionalGeneration, processor: JanusProcessor) -> None:

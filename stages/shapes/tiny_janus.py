@@ -16,6 +16,7 @@ from stages.shapes.grammar import NUMBERS, RELATIONS
 from stages.shapes.scenes import CELL, COLOR_NAMES, GRID, SHAPES, SIZE, TEXTURES
 
 QUESTION = "does this image show {prompt} ?"
+CAPTION = "what does this image show ?"
 CODES = 128
 SPECIAL = {
     "pad_token": "<pad>",
@@ -41,6 +42,7 @@ def vocabulary() -> list[str]:
         *COLOR_NAMES,
         *TEXTURES,
         *QUESTION.format(prompt="").split(),
+        *CAPTION.split(),
         *["the", "score", "is", "of", "image", "picture"],
     ]
     return list(dict.fromkeys(words))

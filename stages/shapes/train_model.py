@@ -2,12 +2,12 @@
 
 `python -m stages.shapes.train_model --codes results/pretraining/codes.safetensors --out models/tiny-janus`.
 
-Two tasks share every step: prompt -> image codes (one prompt in ten replaced by padding, for guidance), and picture +
-question -> 1 or 0. Half of the judged pairs match. The others are hard: one thing of the caption or of the scene is
-changed, or (one in five) the caption belongs to another scene of the same category. The oracle labels every pair. The
-two losses are means of their own, since mixed into one token mean the few answers drown. A step holds more judging than
-drawing, since an answer teaches one bit and a drawing sixteen codes. State is saved every `--save-every` steps, and the
-same command continues from it.
+Three tasks share every step: prompt -> image codes (one prompt in ten replaced by padding, for guidance), picture +
+question -> 1 or 0, and picture -> caption, from which the judge learns colours and textures much sooner. Half of the
+judged pairs match. The others are hard: one thing of the caption or of the scene is changed, or (one in five) the caption
+belongs to another scene of the same category. The oracle labels every pair. The losses are means of their own, since mixed
+into one token mean the few answers drown. A step holds more judging than drawing, since an answer teaches one bit and a
+drawing sixteen codes. State is saved every `--save-every` steps, and the same command continues from it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from stages.shapes.grammar import (
     split_meanings,
 )
 from stages.shapes.scenes import render
-from stages.shapes.tiny_janus import QUESTION, make_config, make_processor
+from stages.shapes.tiny_janus import CAPTION, QUESTION, make_config, make_processor
 
 SPLIT = "pretraining"
 PEAK_RATE = 1.0e-3
@@ -144,6 +144,25 @@ def judging_loss(family: Janus, judged: list[Judged], rng: np.random.Generator) 
     return F.cross_entropy(logits, labels)
 
 
+def captioning_loss(family: Janus, meanings: list[Meaning], images: np.ndarray) -> torch.Tensor:
+    """Cross-entropy of the caption and the end of its turn, asked for by CAPTION."""
+    captions = [meaning.prompt() for meaning in meanings]
+    turns = [f"{CAPTION}\n\n<|Assistant|>: {caption}" for caption in captions]
+    inputs, last = family._question_embeddings(images, turns)  # ends in another `<|Assistant|>:`, the end of the turn
+    hidden = family.model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+    end = family.tokenizer.convert_tokens_to_ids("<|Assistant|>")
+    rows: list[int] = []
+    places: list[int] = []
+    labels: list[int] = []
+    for row, caption in enumerate(captions):
+        ids = [*family.tokenizer.encode(caption, add_special_tokens=False), end]
+        first = int(last[row]) - len(ids)
+        rows += [row] * len(ids)
+        places += range(first - 1, first - 1 + len(ids))
+        labels += ids
+    return F.cross_entropy(family.model.lm_head(hidden[rows, places]), torch.tensor(labels))
+
+
 def measure(family: Janus, split: str, prompts: int, seed: int, guidance: float) -> dict[str, float]:
     """Gen. against the oracle, judge accuracy on balanced hard negatives, and on the model's own pictures, percent."""
     rng = np.random.default_rng(seed)
@@ -190,7 +209,8 @@ def initialise(model: JanusForConditionalGeneration) -> None:
         nn.init.normal_(head.weight, std=0.5 * head.in_features**-0.5)
 
 
-def train(family: Janus, folder: Path, steps: int, drawn: int, judged: int, seed: int, save_every: int) -> None:
+def train(family: Janus, folder: Path, steps: int, per_step: tuple[int, int, int], seed: int, save_every: int) -> None:
+    drawn, judged, captioned = per_step
     model = family.model
     frozen = set(model.model.vqmodel.parameters())
     trained = [parameter for parameter in model.parameters() if parameter not in frozen]
@@ -213,14 +233,19 @@ def train(family: Janus, folder: Path, steps: int, drawn: int, judged: int, seed
         ids, starts = batches.draw(rng, simple)
         draw = drawing_loss(model, ids, starts, batches.offset, family.image_length)
         judge = judging_loss(family, [sample_judged(rng, SPLIT, simple=simple) for _ in range(judged)], rng)
+        told = [sample_meaning(rng, SPLIT, simple) for _ in range(captioned)]
+        scenes = np.stack([sample_scene(meaning, rng) for meaning in told])
+        caption = captioning_loss(family, told, render(scenes))
         optimizer.zero_grad()
-        (draw + judge).backward()
+        (draw + judge + caption).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         done = step + 1
         if done % 50 == 0:
-            print(f"step {done} drawing {draw.item():.4f} judging {judge.item():.4f}", flush=True)
+            print(
+                f"step {done} drawing {draw.item():.4f} judging {judge.item():.4f} captioning {caption.item():.4f}", flush=True
+            )
         if done % save_every == 0 or done == steps:
             figures = measure(family, "post-training", 384, 1, 5.0)
             print(f"step {done} post-training split: {json.dumps(figures)}", flush=True)
@@ -244,7 +269,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("results/pretraining"))
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--drawn", type=int, default=40, help="drawings a step")
-    parser.add_argument("--judged", type=int, default=192, help="judged pairs a step")
+    parser.add_argument("--judged", type=int, default=160, help="judged pairs a step")
+    parser.add_argument("--captioned", type=int, default=48, help="captions a step")
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -254,7 +280,8 @@ def main() -> None:
     initialise(model)
     load_model(model.model.vqmodel, str(arguments.codes))
     family = Janus(model, processor)
-    train(family, arguments.work, arguments.steps, arguments.drawn, arguments.judged, arguments.seed, arguments.save_every)
+    per_step = (arguments.drawn, arguments.judged, arguments.captioned)
+    train(family, arguments.work, arguments.steps, per_step, arguments.seed, arguments.save_every)
     family.save(arguments.out)
 
 

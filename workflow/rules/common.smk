@@ -18,7 +18,7 @@ from snakemake.exceptions import WorkflowError
 from stages.common import arms as arm_tree
 from stages.common.code import code
 from stages.common.config import validate
-from stages.common.runtime import UserError
+from stages.common.runtime import UserError, process_lives, whole_file
 from stages.families.checkpoints import require_model_type
 
 try:
@@ -134,10 +134,13 @@ def replay_scores(wildcards):
     return shard_files(wildcards.node, judgements(NODES[wildcards.node].arm), "replay")
 
 
+def replay_nodes():
+    """Every node whose replay fed an arm."""
+    return list(dict.fromkeys(replay for arm in settings.arms for replay in NODES[arm].replays))
+
+
 def waiting_pools():
-    """What still waits after every replay that fed an arm."""
-    replays = dict.fromkeys(replay for arm in settings.arms for replay in NODES[arm].replays)
-    return [f"{RUN}/{replay}/replay/waiting.parquet" for replay in replays]
+    return [f"{RUN}/{replay}/replay/waiting.parquet" for replay in replay_nodes()]
 
 
 # Training
@@ -217,15 +220,9 @@ def release_stale_lock():
     if not locks or not OWNER.exists():
         return
     owner = json.loads(OWNER.read_text())
-    if owner["host"] != socket.gethostname():
-        return
-    try:
-        os.kill(owner["process"], 0)
-    except ProcessLookupError:
+    if owner["host"] == socket.gethostname() and not process_lives(owner["process"]):
         for lock in locks:
             lock.unlink(missing_ok=True)
-    except PermissionError:
-        pass  # it lives, under another user
 
 
 def write_owner():
@@ -236,8 +233,6 @@ def write_owner():
 def write_run_config():
     """The merged configuration beside its results, written where it changed."""
     import yaml
-
-    from stages.common.runtime import whole_file
 
     text = yaml.safe_dump(settings.model_dump(), sort_keys=False)
     path = Path(CONFIG)

@@ -1,0 +1,208 @@
+"""Bad input: one message that names file, field and remedy, an exit code that is not 0, and no output left behind."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from tests.conftest import ROOT, SMALL, TINY, environment, merged, refused, stage, write_config
+
+
+def workflow(folder, fields) -> subprocess.CompletedProcess:
+    """`snakemake -n` on a configuration."""
+    path = folder / "bad.yaml"
+    path.write_text(fields if isinstance(fields, str) else yaml.safe_dump(merged(SMALL, fields)))
+    return subprocess.run(
+        ["snakemake", "-n", "-s", ROOT / "Snakefile", "--directory", folder, "--configfile", path],
+        env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+
+
+CONFIGURATIONS = [
+    ({"train": {"lerning_rate": 1e-4}}, ["train.lerning_rate", "did you mean 'learning_rate'"]),
+    ({"generat": {}}, ["generat", "did you mean 'generate'"]),
+    ({"generate": {"candidates": 0}}, ["generate.candidates", "greater than or equal to 1"]),
+    ({"generate": {"candidates": "many"}}, ["generate.candidates", "valid integer"]),
+    ({"arms": {"sft": {"objective": "ppo"}}}, ["arms.sft.objective", "'sft' or 'dpo'"]),
+    ({"arms": {"sft": {"objective": "sft", "epochs": 2, "replay_epochs": [2]}}}, ["arms.sft", "below epochs"]),
+    ({"arms": {"base": {"objective": "sft"}}}, ["base", "rename"]),
+    ({"arms": {"sft": {"objective": "sft", "train": {"betta": 1}}}}, ["arms.sft", "betta"]),
+    ({"train": {"batch_size": 7, "micro_batch_size": 2}}, ["multiple of micro_batch_size"]),
+    ({"score": {"question": "is it good?"}}, ["score.question", "{prompt}"]),
+    ({"prompts": {"train": {"source": "text", "count": None}}}, ["prompts.train", "need files"]),
+    ({"model": {"checkpoint": "no/such/folder"}}, ["no/such/folder", "model.checkpoint"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), CONFIGURATIONS, ids=[" ".join(words[:1]) for _, words in CONFIGURATIONS])
+def test_a_wrong_setting_is_named_by_stages(changes, words, tmp_path):
+    config = write_config(tmp_path, **changes)
+    result = stage("prompts", "--config", config, "--set", "train", "--out", tmp_path / "out.parquet")
+    if "checkpoint" in words[-1]:  # prompts needs no model
+        result = stage("generate", "--config", config, "--prompts", tmp_path / "out.parquet", "--out", tmp_path / "c.parquet",
+                       "--images", tmp_path / "c.tar")  # fmt: skip
+    refused(result, *words)
+
+
+@pytest.mark.parametrize(("changes", "words"), [CONFIGURATIONS[0], CONFIGURATIONS[2], CONFIGURATIONS[-1]])
+def test_a_wrong_setting_is_named_by_the_workflow(changes, words, tmp_path):
+    refused(workflow(tmp_path, changes), *words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("run: [", ["config.yaml", "not YAML"]), ("- a\n", ["config.yaml", "mapping"]), (None, ["config.yaml", "cannot be read"])],
+)
+def test_a_configuration_that_is_none(text, words, tmp_path):
+    if text is not None:
+        (tmp_path / "config.yaml").write_text(text)
+    result = stage("prompts", "--config", tmp_path / "config.yaml", "--set", "train", "--out", tmp_path / "out.parquet")
+    refused(result, *words)
+
+
+@pytest.fixture
+def copy(drawn, tmp_path):
+    """A copy of drawn candidates that may be broken."""
+    for path in drawn.iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path / path.name)
+    return tmp_path
+
+
+def score(folder, *more) -> subprocess.CompletedProcess:
+    (folder / "scores.parquet").unlink(missing_ok=True)
+    return stage("score", "--config", folder / "config.yaml", "--prompts", folder / "prompts.parquet",
+                 "--candidates", folder / "candidates.parquet", "--out", folder / "scores.parquet", *more)  # fmt: skip
+
+
+def test_a_missing_column(copy):
+    table = pq.read_table(copy / "candidates.parquet")
+    pq.write_table(table.drop_columns(["offset"]), copy / "candidates.parquet")
+    refused(score(copy), "candidates.parquet", "'offset'", "missing", "run again")
+    assert not (copy / "scores.parquet").exists()
+
+
+def test_a_column_of_another_type(copy):
+    table = pq.read_table(copy / "candidates.parquet")
+    place = table.column_names.index("offset")
+    table = table.set_column(place, "offset", [["first"] * len(table)])
+    pq.write_table(table, copy / "candidates.parquet")
+    refused(score(copy), "candidates.parquet", "'offset'", "string")
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
+def test_a_truncated_manifest(copy, keep):
+    path = copy / "candidates.parquet"
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+    refused(score(copy), "candidates.parquet", "not a readable Parquet file", "delete it and run again")
+    assert not (copy / "scores.parquet").exists()
+
+
+def test_an_image_shard_cut_in_half(copy):
+    path = copy / "candidates.tar"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    refused(score(copy), "candidates.tar", "cut short or broken", "run again")
+    assert not (copy / "scores.parquet").exists()
+
+
+def test_a_missing_image_shard(copy):
+    (copy / "candidates.tar").unlink()
+    refused(score(copy), "candidates.tar", "no such image shard")
+
+
+def test_prompts_of_another_set(copy):
+    table = pq.read_table(copy / "prompts.parquet")
+    pq.write_table(table.slice(0, 3), copy / "prompts.parquet")
+    refused(score(copy), "prompts.parquet", "prompt_id")
+
+
+def checkpoint(folder, **changes):
+    shutil.copytree(TINY, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_a_checkpoint_of_another_family(copy):
+    other = checkpoint(copy / "other", model_type="showo")
+    refused(score(copy, "--checkpoint", other), "config.json", "'showo'", "model.family")
+    assert not (copy / "scores.parquet").exists()
+
+
+def test_a_checkpoint_with_a_pickle_only(copy):
+    other = checkpoint(copy / "other")
+    (other / "model.safetensors").unlink()
+    torch.save({}, other / "pytorch_model.bin")
+    refused(score(copy, "--checkpoint", other), "pytorch_model.bin", "pickle", "safetensors")
+
+
+def test_a_truncated_checkpoint(copy):
+    other = checkpoint(copy / "other")
+    path = other / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100_000])
+    refused(score(copy, "--checkpoint", other), str(other), "does not load")
+
+
+def test_an_unknown_arm(copy):
+    files = ("--out", copy / "p.parquet", "--discard", copy / "d.parquet")
+    result = stage("pairs", "--config", copy / "config.yaml", "--arm", "sfft", "--candidates", copy / "candidates.parquet",
+                   "--scores", copy / "scores.parquet", *files)  # fmt: skip
+    refused(result, "sfft", "sft, dpo, c-sft")
+
+
+def test_nothing_accepted_says_which_threshold(copy):
+    config = write_config(copy, pairs={"accept_threshold": 1.0})
+    files = ("--candidates", copy / "candidates.parquet", "--scores", copy / "scores.parquet")
+    stage("pairs", "--config", config, "--arm", "sft", *files, "--out", copy / "p.parquet", "--discard", copy / "d.parquet")
+    result = stage("schedule", "--config", config, "--arm", "sft", "--epochs", 1, "--pairs", copy / "p.parquet",
+                   "--out", copy / "s.parquet")  # fmt: skip
+    refused(result, "p.parquet", "accept_threshold")
+    assert not (copy / "s.parquet").exists()
+
+
+@pytest.mark.parametrize("shard", ["2/2", "x", "1", "-1/2"])
+def test_a_shard_that_is_none(copy, shard):
+    result = stage("generate", "--config", copy / "config.yaml", "--prompts", copy / "prompts.parquet", f"--shard={shard}",
+                   "--out", copy / "n.parquet", "--images", copy / "n.tar")  # fmt: skip
+    refused(result, "--shard")
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of 64 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk(drawn, tiny_disk):
+    result = stage("generate", "--config", drawn / "config.yaml", "--prompts", drawn / "prompts.parquet",
+                   "--out", tiny_disk / "c.parquet", "--images", tiny_disk / "c.tar")  # fmt: skip
+    refused(result, str(tiny_disk), "No space left", "free space")
+    assert not (tiny_disk / "c.parquet").exists()
+    assert not (tiny_disk / "c.tar").exists()
+
+
+def test_a_read_only_folder(drawn, tmp_path):
+    folder = tmp_path / "readonly"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=64k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:  # not root: permissions do it
+        if os.geteuid() == 0:
+            pytest.skip("mounting a tmpfs is not allowed here")
+        folder.chmod(0o500)
+    try:
+        result = stage("prompts", "--config", drawn / "config.yaml", "--set", "train", "--out", folder / "p.parquet")
+        refused(result, str(folder), "check the path, its permissions")
+    finally:
+        if not mounted.returncode:
+            subprocess.run(["umount", folder], check=True)
