@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from stages.common.runtime import UserError
 
@@ -69,11 +69,12 @@ class Score(Section):
     max_new_tokens: Positive = 128
     batch_size: Positive = 64
 
-    @model_validator(mode="after")
-    def _question(self) -> Score:
-        if self.question is not None and "{prompt}" not in self.question:
-            raise ValueError("question must contain {prompt}")
-        return self
+    @field_validator("question")
+    @classmethod
+    def _question(cls, question: str | None) -> str | None:
+        if question is not None and "{prompt}" not in question:
+            raise ValueError("the question must contain {prompt}")
+        return question
 
 
 class Pairs(Section):

@@ -56,8 +56,10 @@ def whole_file(path: Path) -> Iterator[Path]:
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # pyarrow's and write's name no file
+            raise OSError(error.errno, os.strerror(error.errno) if error.errno else str(error), str(path)) from error
         raise
 
 

@@ -44,6 +44,7 @@ def require_model_type(checkpoint: Path, expected: str) -> None:
 
 def checkpoint_hash(checkpoint: Path) -> str:
     """16 hex digits over config.json and every safetensors file: the same weights, the same hash, wherever they lie."""
+    model_type(checkpoint)  # is it a checkpoint?
     digest = hashlib.sha256()
     for path in [checkpoint / "config.json", *sorted(checkpoint.glob("*.safetensors"))]:
         digest.update(path.name.encode())

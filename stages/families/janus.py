@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
 from stages.common.runtime import UserError
@@ -53,7 +54,7 @@ class Janus:
                 checkpoint, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
             )
             processor = JanusProcessor.from_pretrained(checkpoint, local_files_only=True)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{checkpoint}: the checkpoint does not load ({error}); download or convert it again") from None
         return cls(model.to(device), processor)
 
