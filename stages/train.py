@@ -152,6 +152,7 @@ def place(folder: Path, out: Path) -> None:
     """Move a finished checkpoint folder's files into `out`, the weights last: where they are, the rest is."""
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name)):
+        path.chmod(out.stat().st_mode & 0o666)  # safetensors are written for the owner alone
         sync(path)
         path.replace(out / path.name)
     sync(out)
@@ -159,12 +160,12 @@ def place(folder: Path, out: Path) -> None:
 
 
 def metrics_rows(history: list[dict[str, Any]]) -> list[Row]:
-    """The trainer's log as (step, metric, value) rows."""
+    """The trainer's log as (step, metric, value) rows, without the counter that starts again where a training does."""
     return [
         {"step": int(entry["step"]), "metric": name, "value": float(value)}
         for entry in history
         for name, value in sorted(entry.items())
-        if name not in ("step", "epoch")
+        if name not in ("step", "epoch", "num_tokens")
     ]
 
 
