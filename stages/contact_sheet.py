@@ -77,7 +77,7 @@ def picture(manifest: Path, row: Row) -> Image.Image:
 
 def first_drawn(manifest: Path) -> dict[str, Row]:
     """Each prompt's first image."""
-    return {row["prompt_id"]: row for row in reversed(manifests.read_rows(manifest, "candidates"))}
+    return {row["prompt_id"]: row for row in reversed(manifests.read_rows(manifest, "candidates", without=("tokens",)))}
 
 
 def main() -> None:
@@ -102,7 +102,7 @@ def main() -> None:
     chosen, rejected = ({row[side] for row in pairs} for side in ("chosen", "rejected"))
     drawn: dict[str, list[tuple[Path, Row]]] = {}
     for path in arguments.candidates:
-        for row in manifests.read_rows(path, "candidates"):
+        for row in manifests.read_rows(path, "candidates", without=("tokens",)):
             drawn.setdefault(row["prompt_id"], []).append((path, row))
 
     sheet = Sheet(max(shown, len(arguments.arms)))

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from stages.common import manifests, shards
 from stages.common.batches import kept_batches, planned
@@ -21,6 +24,8 @@ from stages.common.config import load
 from stages.common.runtime import UserError, run_stage, whole_file
 from stages.common.seeds import candidate_seed
 from stages.families.checkpoints import checkpoint_hash
+
+PNG_THREADS = 4
 
 
 def shard_of(rows: list[Any], shard: str) -> list[Any]:
@@ -71,53 +76,60 @@ def main() -> None:
             "temperature": settings.temperature,
         }
 
-    plan = [(prompt, plan_row(prompt, index)) for prompt in prompts for index in range(count)]
     batches: list[Any] = []
     family = None
-    if plan:
+    if prompts:
         from stages.families import open_family
         from stages.families.base import Sampling
 
         family = open_family(config.model, checkpoint)
-        buckets = {prompt["prompt_id"]: family.bucket(prompt["prompt"]) for prompt in prompts}
-        batches = list(planned(sorted(plan, key=lambda item: buckets[item[0]["prompt_id"]]), settings.batch_size))
+        prompts.sort(key=lambda prompt: family.bucket(prompt["prompt"]))  # prompts of one length run together
+        batches = planned([(prompt, index) for prompt in prompts for index in range(count)], settings.batch_size)
 
-    def draw(batch: Any) -> pa.Table:
+    def draw(batch: Any) -> tuple[list[dict[str, Any]], Any]:
         import numpy as np
 
         assert family is not None
-        seeds = np.array([row["seed"] for _, row in batch])
+        rows = [plan_row(prompt, index) for prompt, index in batch]
+        seeds = np.array([row["seed"] for row in rows])
         sampling = Sampling(settings.guidance_scale, settings.temperature)
-        drawn = family.generate([prompt["prompt"] for prompt, _ in batch], seeds, sampling)
-        tokens = [None] * len(batch) if drawn.tokens is None else list(drawn.tokens.astype(np.uint16))
-        return pa.table(
-            {
-                "candidate_id": [row["candidate_id"] for _, row in batch],
-                "png": pa.array([shards.png(image) for image in drawn.images], pa.binary()),
-                "tokens": pa.array(tokens, pa.list_(pa.uint16())),
-                "log_probability": pa.array(drawn.log_probabilities, pa.float64()),
-                "height": [image.shape[0] for image in drawn.images],
-                "width": [image.shape[1] for image in drawn.images],
-            }
-        )
+        return rows, family.generate([prompt["prompt"] for prompt, _ in batch], seeds, sampling)
+
+    def compress(result: tuple[list[dict[str, Any]], Any]) -> pa.Table:
+        rows, drawn = result
+        with ThreadPoolExecutor(PNG_THREADS) as threads:
+            pictures = list(threads.map(shards.png, drawn.images))
+        for i, (row, image) in enumerate(zip(rows, drawn.images, strict=True)):
+            row["tokens"] = None if drawn.tokens is None else drawn.tokens[i].astype("uint16")
+            row["log_probability"] = float(drawn.log_probabilities[i])
+            row["height"], row["width"] = image.shape[:2]
+        columns = pa.schema([field for field in manifests.schema("candidates") if field.name not in ("offset", "nbytes")])
+        return pa.Table.from_pylist(rows, schema=columns).append_column("png", pa.array(pictures, pa.binary()))
 
     prompts_hash = manifests.content_hash(arguments.prompts)
     key = ("generate", weights, repr(settings), count, arguments.round, config.seed, arguments.shard, prompts_hash)
-    rows = {row["candidate_id"]: row for _, row in plan}
-    with kept_batches(arguments.out, key, batches, draw, "generate") as tables:
+    with kept_batches(
+        arguments.out, key, batches, work=draw, finish=compress, label="generate", workers=config.model.workers
+    ) as files:
+        places = []
         with whole_file(arguments.images) as temporary, temporary.open("wb") as tar:
-            for table in tables:
-                for item in table.to_pylist():
-                    row = rows[item["candidate_id"]]
-                    row["offset"], row["nbytes"] = shards.append(tar, item["candidate_id"], item.pop("png"))
-                    row.update(item)
+            for file in files:
+                table = pq.read_table(file, columns=["candidate_id", "png"])
+                names, pictures = table["candidate_id"].to_pylist(), table["png"].to_pylist()
+                places.append([shards.append(tar, name, png) for name, png in zip(names, pictures, strict=True)])
             shards.finish(tar)
+
+        def placed() -> Iterator[pa.Table]:
+            for file, found in zip(files, places, strict=True):
+                table = pq.read_table(file).drop_columns("png")
+                for column, values in zip(("offset", "nbytes"), zip(*found, strict=True), strict=True):
+                    table = table.append_column(column, pa.array(values, pa.int64()))
+                yield table
+
         facts = settings.model_dump(exclude={"shards", "batch_size"})
         parents = [arguments.prompts]
-        manifests.write(
-            arguments.out, "candidates", list(rows.values()), stage="stages.generate", settings=facts, parents=parents
-        )
-    print(f"{len(rows)} candidates of {len(prompts)} prompts")
+        manifests.write(arguments.out, "candidates", placed(), stage="stages.generate", settings=facts, parents=parents)
+    print(f"{len(prompts) * count} candidates of {len(prompts)} prompts")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def main() -> None:
     from stages.shapes import oracle
     from stages.shapes.grammar import from_json
 
-    candidates = manifests.read_rows(arguments.candidates, "candidates")
+    candidates = manifests.read_rows(arguments.candidates, "candidates", without=("tokens",))
     prompts = manifests.prompts_of(arguments.prompts, candidates)
     rows = []
     for batch in planned(candidates, 1024):

@@ -77,7 +77,7 @@ def main() -> None:
     arm, settings = config.arms[arguments.arm], config.arm_pairs(arguments.arm)
     judged = {row["candidate_id"]: row["p_yes"] for row in manifests.read_rows(arguments.scores, "scores")}
     by_prompt: dict[str, list[Row]] = {}
-    for row in manifests.read_rows(arguments.candidates, "candidates"):
+    for row in manifests.read_rows(arguments.candidates, "candidates", without=("tokens",)):
         if row["candidate_id"] not in judged:
             raise UserError(f"{arguments.scores[0]}: candidate {row['candidate_id']} has no score; score that manifest again")
         if arm.candidates is None or row["index"] < arm.candidates:

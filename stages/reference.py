@@ -31,7 +31,7 @@ def main() -> None:
     checkpoint = arguments.checkpoint or Path(config.model.checkpoint)
     pairs = manifests.read_rows(arguments.pairs, "pairs")
     wanted = sorted({row[side] for row in pairs for side in ("chosen", "rejected") if row[side]})
-    known = {row["candidate_id"]: row for row in manifests.read_rows(arguments.candidates, "candidates")}
+    known = {row["candidate_id"]: row for row in manifests.read_rows(arguments.candidates, "candidates", wanted=wanted)}
     missing = next((identifier for identifier in wanted if identifier not in known), None)
     if missing:
         raise UserError(f"{arguments.pairs}: candidate {missing} is in none of the candidate manifests; give them all")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from stages.common import manifests, shards
 from stages.common.batches import kept_batches, planned
@@ -40,7 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = load(arguments.config)
     settings = config.score
-    candidates = manifests.read_rows(arguments.candidates, "candidates")
+    candidates = manifests.read_rows(arguments.candidates, "candidates", without=("tokens",))
     prompts = manifests.prompts_of(arguments.prompts, candidates)
     checkpoint = arguments.checkpoint or Path(config.model.checkpoint)
     weights = checkpoint_hash(checkpoint)
@@ -49,11 +50,13 @@ def main() -> None:
         from stages.families import open_family
 
         family = open_family(config.model, checkpoint)
-    schema = manifests.schema("scores")
 
-    def judge(batch: Any) -> pa.Table:
+    def look(batch: Any) -> tuple[Any, Any]:
+        return batch, shards.read_images(arguments.candidates, batch)
+
+    def judge(seen: tuple[Any, Any]) -> list[dict[str, Any]]:
         assert family is not None
-        images = shards.read_images(arguments.candidates, batch)
+        batch, images = seen
         template = settings.question or family.question
         questions = [template.replace("{prompt}", prompts[row["prompt_id"]]["prompt"]) for row in batch]
         rows = [{"candidate_id": row["candidate_id"], "prompt_id": row["prompt_id"], "judge": weights} for row in batch]
@@ -64,15 +67,22 @@ def main() -> None:
             for row, answer in zip(rows, family.answer(images, questions, settings.max_new_tokens), strict=True):
                 verdict = parse_answer(answer)
                 row |= {"answer": answer, "verdict": verdict, "p_yes": None if verdict is None else float(verdict)}
-        return pa.Table.from_pylist(rows, schema=schema)
+        return rows
+
+    def table_of(rows: list[dict[str, Any]]) -> pa.Table:
+        return pa.Table.from_pylist(rows, schema=manifests.schema("scores"))
 
     key = ("score", weights, repr(settings), manifests.content_hash(arguments.candidates))
-    with kept_batches(arguments.out, key, planned(candidates, settings.batch_size), judge, "score") as tables:
-        table = pa.concat_tables([schema.empty_table(), *tables])
+    batches = planned(candidates, settings.batch_size)
+    verdicts: list[bool | None] = []
+    with kept_batches(
+        arguments.out, key, batches, prepare=look, work=judge, finish=table_of, label="score", workers=config.model.workers
+    ) as files:
+        tables = [pq.read_table(file) for file in files]
+        verdicts = [verdict for table in tables for verdict in table["verdict"].to_pylist()]
         facts = settings.model_dump(exclude={"batch_size"})
         parents = [arguments.prompts, arguments.candidates]
-        manifests.write(arguments.out, "scores", table, stage="stages.score", settings=facts, parents=parents)
-    verdicts = table["verdict"].to_pylist()
+        manifests.write(arguments.out, "scores", iter(tables), stage="stages.score", settings=facts, parents=parents)
     unread = sum(verdict is None for verdict in verdicts)
     print(f"{len(verdicts)} judged: {verdicts.count(True)} yes, {verdicts.count(False)} no, {unread} could not be read")
 

@@ -193,12 +193,8 @@ def main() -> None:
             f"{arguments.schedule}: reference_checkpoint {foreign.pop()} is not {base} ({checkpoint_hash(base)}); "
             "run stages.reference with this model again"
         )
-    wanted = {row[side] for row in schedule for side in ("chosen", "rejected")}
-    known = {
-        row["candidate_id"]: row
-        for row in manifests.read_rows(arguments.candidates, "candidates")
-        if row["candidate_id"] in wanted
-    }
+    wanted = {row[side] for row in schedule for side in ("chosen", "rejected") if row[side]}
+    known = {row["candidate_id"]: row for row in manifests.read_rows(arguments.candidates, "candidates", wanted=wanted)}
     lost = next((row["chosen"] for row in schedule if row["chosen"] not in known), None)
     if lost:
         raise UserError(f"{arguments.schedule}: candidate {lost} is in none of the candidate manifests; give them all")

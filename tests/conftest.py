@@ -10,6 +10,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "models" / "tiny-janus"
+BENCHMARKS = ROOT.parent / "shared" / "data"  # T2I-CompBench++ and GenEval prompts, where someone put them
 
 SMALL = {
     "run": "small",

@@ -9,9 +9,8 @@ import pytest
 from stages.common import manifests
 from stages.common.config import PromptSet
 from stages.prompts import collect, prompt_id
-from tests.conftest import ROOT, done, refused, stage, write_config
+from tests.conftest import BENCHMARKS, done, refused, stage, write_config
 
-BENCHMARKS = ROOT.parent / "shared" / "data"
 needs_benchmarks = pytest.mark.skipif(
     not BENCHMARKS.is_dir(), reason="the benchmarks' prompt files are not beside the repository"
 )

@@ -30,6 +30,7 @@ class Model(Section):
     family: Literal["janus"] = "janus"
     checkpoint: str = "models/tiny-janus"
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:0; auto takes a GPU where there is one")
+    workers: Positive | None = Field(default=None, description="processes that share a shard; empty: one for each GPU seen")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto: bfloat16 on a GPU, else float32")
 
 

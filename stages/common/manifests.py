@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stages.common.code import code
@@ -122,21 +123,17 @@ def content_hash(path: Path) -> str:
 def write(
     path: Path,
     kind: str,
-    rows: Sequence[Mapping[str, Any]] | pa.Table,
+    rows: Sequence[Mapping[str, Any]] | Iterator[pa.Table],
     *,
     stage: str,
     settings: Mapping[str, Any] | None = None,
     parents: Iterable[Path] = (),
 ) -> None:
-    """Write a manifest whole or not at all. Columns that a row leaves out are null; raises ValueError on a row that
-    does not fit the schema (a programming error, not the user's)."""
-    if isinstance(rows, pa.Table):
-        table = rows.select(schema(kind).names).cast(schema(kind))
-    else:
-        table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema(kind))
-    for name, (_, null) in SCHEMAS[kind].items():
-        if not null and table[name].null_count:
-            raise ValueError(f"{path}: column {name} of a {kind} manifest has nulls")
+    """Write a manifest whole or not at all: rows, or tables one after the other, which need not fit into memory together.
+
+    Columns that a row leaves out are null; raises ValueError on a row that does not fit the schema (a programming error,
+    not the user's)."""
+    tables = rows if isinstance(rows, Iterator) else [pa.Table.from_pylist([dict(row) for row in rows], schema=schema(kind))]
     facts = {
         "kind": kind,
         "stage": stage,
@@ -144,9 +141,14 @@ def write(
         "settings": settings or {},
         "parents": [content_hash(parent) for parent in parents],
     }
-    table = table.replace_schema_metadata({"selfgap": json.dumps(facts, sort_keys=True, default=str)})
-    with whole_file(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+    described = schema(kind).with_metadata({"selfgap": json.dumps(facts, sort_keys=True, default=str)})
+    with whole_file(path) as temporary, pq.ParquetWriter(temporary, described, compression="zstd") as writer:
+        for table in tables:
+            table = table.select(described.names).cast(described)
+            for name, (_, null) in SCHEMAS[kind].items():
+                if not null and table[name].null_count:
+                    raise ValueError(f"{path}: column {name} of a {kind} manifest has nulls")
+            writer.write_table(table)
 
 
 def read(path: Path, kind: str) -> pa.Table:
@@ -173,10 +175,22 @@ def read(path: Path, kind: str) -> pa.Table:
     return table.select(list(SCHEMAS[kind])).cast(schema(kind))
 
 
-def read_rows(paths: Path | Iterable[Path], kind: str) -> list[dict[str, Any]]:
-    """The rows of one manifest or of several, in order."""
-    files = [paths] if isinstance(paths, Path) else list(paths)
-    return [row for path in files for row in read(path, kind).to_pylist()]
+def read_rows(
+    paths: Path | Iterable[Path], kind: str, *, without: Sequence[str] = (), wanted: Iterable[str] | None = None
+) -> list[dict[str, Any]]:
+    """The rows of one manifest or of several, in order.
+
+    without: columns to leave out; image tokens, as Python numbers, are most of a candidate's memory.
+    wanted: of these candidate_ids alone.
+    """
+    identifiers = None if wanted is None else pa.array(sorted(wanted), TEXT)
+    rows: list[dict[str, Any]] = []
+    for path in [paths] if isinstance(paths, Path) else paths:
+        table = read(path, kind).drop_columns(list(without))
+        if identifiers is not None:
+            table = table.filter(pc.is_in(table["candidate_id"], identifiers))
+        rows += table.to_pylist()
+    return rows
 
 
 def prompts_of(path: Path, candidates: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

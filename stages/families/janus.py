@@ -16,6 +16,8 @@ from stages.common.runtime import UserError
 from stages.common.seeds import uniforms
 from stages.families.base import Drawn, Sampling, TrainingView
 from stages.families.checkpoints import require_model_type
+from stages.families.janus_decode import cache_bytes, decode
+from stages.families.memory import Memory
 
 YES = ("1", " 1", "yes", " yes", "Yes", " Yes", "YES", " YES")
 NO = ("0", " 0", "no", " no", "No", " No", "NO", " NO")
@@ -43,6 +45,7 @@ class Janus:
         # Lost by from_pretrained though saved by save_pretrained, and needed by transformers' own generate.
         model.generation_config.generation_kwargs = {"boi_token_id": self.begin}
         self.image_length = model.model.vqmodel.config.num_patches**2
+        self.memory = Memory(self.device)
         self.yes = self._single_tokens(YES)
         self.no = self._single_tokens(NO)
 
@@ -87,43 +90,39 @@ class Janus:
 
     @torch.no_grad()
     def generate(self, prompts: list[str], seeds: np.ndarray, sampling: Sampling) -> Drawn:
-        ids = [self._prompt_ids(prompt) for prompt in prompts]
-        tokens = torch.zeros((len(ids), self.image_length), dtype=torch.long, device=self.device)
-        log_probabilities = torch.zeros(len(ids), dtype=torch.float64, device=self.device)
         draws = torch.from_numpy(uniforms(seeds, self.image_length)).to(self.device)
-        for length in sorted({len(row) for row in ids}):
-            rows = [i for i, row in enumerate(ids) if len(row) == length]
-            tokens[rows], log_probabilities[rows] = self._sample(
-                torch.tensor([ids[i] for i in rows], device=self.device), draws[rows], sampling
-            )
-        return Drawn(self._decode(tokens), tokens.cpu().numpy(), log_probabilities.cpu().numpy())
+        ids = [tuple(self._prompt_ids(prompt)) for prompt in prompts]
+        columns = max(map(len, ids)) + self.image_length
+        cached = cache_bytes(self.model.config.text_config, columns, self.model.dtype)
+        logits = 24 * self.model.config.vq_config.num_embeddings  # sampling's float64 and float32 copies
+        rows = 2 if sampling.guidance_scale != 1.0 else 1
 
-    def _sample(self, ids: torch.Tensor, draws: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sample codes for prompts of one length: ids int64 `[n, p]`, draws float64 `[n, t]`."""
-        count, guided = len(ids), sampling.guidance_scale != 1.0
-        if guided:
-            unconditional = ids.clone()
-            unconditional[:, 1:-1] = self.pad  # attended, as upstream has it
-            ids = torch.cat([ids, unconditional])
-        inputs = self.model.get_input_embeddings()(ids)
-        cache, tokens = None, []
-        total = torch.zeros(count, dtype=torch.float64, device=self.device)
-        for step in range(draws.shape[1]):
-            out = self.model.model.language_model(inputs_embeds=inputs, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            logits = self.model.model.generation_head(out.last_hidden_state[:, -1]).float()
-            conditional = logits[:count]
-            if guided:
-                other = logits[count:]
-                logits = other + sampling.guidance_scale * (conditional - other)
-            cumulative = (logits / sampling.temperature).softmax(-1).double().cumsum(-1)
-            threshold = draws[:, step : step + 1] * cumulative[:, -1:]
-            token = torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)
-            total += conditional.log_softmax(-1).gather(1, token[:, None]).squeeze(1).double()
-            tokens.append(token)
-            both = torch.cat([token, token]) if guided else token
-            inputs = self.model.prepare_embeddings_for_image_generation(both)[:, None]
-        return torch.stack(tokens, 1), total
+        def some(part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            tokens, log_probabilities = self._sample(ids[part], draws[part], sampling)
+            return self._decode(tokens), tokens.cpu().numpy(), log_probabilities.cpu().numpy()
+
+        parts = self.memory.pieces(len(prompts), rows * (cached + logits), some)
+        return Drawn(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+    def _sample(self, ids: list[tuple[int, ...]], draws: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes int64 `[n, t]` and log-probabilities for prompts as ids, draws float64 `[n, t]`."""
+        wanted = []
+        for row in ids:
+            wanted.append(row)
+            if sampling.guidance_scale != 1.0:  # everything between BOS and begin-of-image padded, and attended, as upstream
+                wanted.append((row[0], *[self.pad] * (len(row) - 2), row[-1]))
+        distinct = {row: place for place, row in enumerate(dict.fromkeys(wanted))}
+        embed = self.model.get_input_embeddings()
+        return decode(
+            self.model.model.language_model,
+            [embed(torch.tensor(row, device=self.device)) for row in distinct],
+            [distinct[row] for row in wanted],
+            draws,
+            self.model.model.generation_head,
+            self.model.prepare_embeddings_for_image_generation,
+            sampling.guidance_scale,
+            sampling.temperature,
+        )
 
     def _decode(self, tokens: torch.Tensor) -> np.ndarray:
         """Codes int64 `[n, t]` to pictures uint8 `[n, h, w, 3]`; the VQ decoder's output is in [-1, 1]."""
@@ -138,15 +137,40 @@ class Janus:
         for length in sorted({len(row) for row in ids}):
             rows = [i for i, row in enumerate(ids) if len(row) == length]
             codes = torch.from_numpy(np.asarray(tokens)[rows].astype(np.int64)).to(self.device)
-            text = self.model.get_input_embeddings()(torch.tensor([ids[i] for i in rows], device=self.device))
-            inputs = torch.cat([text, self.model.prepare_embeddings_for_image_generation(codes[:, :-1])], 1)
-            hidden = self.model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
-            logits = self.model.model.generation_head(hidden[:, length - 1 :]).float()
-            picked = logits.log_softmax(-1).gather(2, codes[:, :, None]).squeeze(2)
-            result[rows] = picked.double().sum(1).cpu().numpy()
+            texts = torch.tensor([ids[i] for i in rows], device=self.device)
+
+            def some(part: slice, texts: torch.Tensor = texts, codes: torch.Tensor = codes) -> np.ndarray:
+                return self._log_likelihood(texts[part], codes[part]).cpu().numpy()
+
+            logits = 12 * self.image_length * self.model.config.vq_config.num_embeddings
+            each = logits + self._activation_bytes(length + self.image_length)
+            result[rows] = np.concatenate(self.memory.pieces(len(rows), each, some))
         return result
 
+    def _log_likelihood(self, texts: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """Of codes int64 `[n, t]` after prompts int64 `[n, p]`, float64 `[n]`."""
+        text = self.model.get_input_embeddings()(texts)
+        inputs = torch.cat([text, self.model.prepare_embeddings_for_image_generation(codes[:, :-1])], 1)
+        hidden = self.model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        logits = self.model.model.generation_head(hidden[:, texts.shape[1] - 1 :]).float()
+        return logits.log_softmax(-1).gather(2, codes[:, :, None]).squeeze(2).double().sum(1)
+
+    def _activation_bytes(self, tokens: int) -> int:
+        """Bytes that one sequence's forward holds at its widest, the MLP; an estimate, see Memory."""
+        config = self.model.config.text_config
+        return tokens * (4 * config.intermediate_size + 12 * config.hidden_size) * self.model.dtype.itemsize
+
     # --- judging ---------------------------------------------------------------------------------------------------
+
+    def _pixels(self, images: np.ndarray) -> torch.Tensor:
+        """What the processor makes of uint8 `[n, h, w, 3]`; on the device where there is nothing to resize."""
+        processor = self.processor.image_processor
+        if images.shape[1:3] != (processor.size["height"], processor.size["width"]):
+            pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]
+            return pixels.to(self.device, self.model.dtype)
+        pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() * processor.rescale_factor
+        mean, std = (torch.tensor(v, device=self.device)[:, None, None] for v in (processor.image_mean, processor.image_std))
+        return ((pixels - mean) / std).to(self.model.dtype)
 
     def _question_embeddings(self, images: np.ndarray, questions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Right-padded embeddings `[n, s, d]` and the index of each row's last real token; causal, so no mask."""
@@ -156,21 +180,25 @@ class Janus:
         last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
         width = max(len(row) for row in rows)
         ids = torch.tensor([row + [self.pad] * (width - len(row)) for row in rows], device=self.device)
-        pixels = self.processor.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
-        pixels = pixels.to(self.device, self.model.dtype)
-        features = self.model.model.get_image_features(pixels).pooler_output
+        features = self.model.model.get_image_features(self._pixels(images)).pooler_output
         embeddings = self.model.get_input_embeddings()(ids)
         mask = (ids == self.placeholder)[:, :, None].expand_as(embeddings)
         return embeddings.masked_scatter(mask, features.to(embeddings.dtype)), last
 
     @torch.no_grad()
     def p_yes(self, images: np.ndarray, questions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        inputs, last = self._question_embeddings(images, questions)
-        hidden = self.model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
-        logits = self.model.lm_head(hidden[torch.arange(len(last), device=self.device), last])
-        probabilities = logits.double().softmax(-1)
-        yes, no = probabilities[:, self.yes].sum(1), probabilities[:, self.no].sum(1)
-        return (yes / (yes + no)).cpu().numpy(), (1 - yes - no).clamp(min=0).cpu().numpy()
+        def some(part: slice) -> tuple[np.ndarray, np.ndarray]:
+            inputs, last = self._question_embeddings(images[part], questions[part])
+            hidden = self.model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+            logits = self.model.lm_head(hidden[torch.arange(len(last), device=self.device), last])
+            probabilities = logits.double().softmax(-1)
+            yes, no = probabilities[:, self.yes].sum(1), probabilities[:, self.no].sum(1)
+            return (yes / (yes + no)).cpu().numpy(), (1 - yes - no).clamp(min=0).cpu().numpy()
+
+        tokens = self.processor.num_image_tokens + max(len(question) for question in questions)  # at most
+        parts = self.memory.pieces(len(questions), self._activation_bytes(tokens), some)
+        yes, neither = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return yes, neither
 
     @torch.no_grad()
     def answer(self, images: np.ndarray, questions: list[str], max_new_tokens: int = 64) -> list[str]:

@@ -48,8 +48,8 @@ def vocabulary() -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def make_processor() -> JanusProcessor:
-    """A word-level tokenizer that adds BOS by itself, as Janus's does, and Janus's image processor at 64 pixels."""
+def make_processor(image_size: int = SIZE, image_tokens: int = GRID * GRID) -> JanusProcessor:
+    """A word-level tokenizer that adds BOS by itself, as Janus's does, and Janus's image processor."""
     words = vocabulary()
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=SPECIAL["unk_token"]))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -61,7 +61,7 @@ def make_processor() -> JanusProcessor:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **standard, extra_special_tokens=extra, padding_side="left")
     fast.add_special_tokens({"additional_special_tokens": list(ROLES)}, replace_extra_special_tokens=False)
     images = JanusImageProcessorPil(
-        size={"height": SIZE, "width": SIZE}, min_size=SIZE, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        size={"height": image_size, "width": image_size}, min_size=image_size, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
     template = (
         "{% for message in messages %}{{ '<|User|>' if message['role'] == 'user' else '<|Assistant|>' }}: "
@@ -69,7 +69,7 @@ def make_processor() -> JanusProcessor:
         "{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n\n{% endfor %}"
         "{% if add_generation_prompt %}<|Assistant|>:{% endif %}"
     )
-    return JanusProcessor(images, fast, chat_template=template, num_image_tokens=GRID * GRID)
+    return JanusProcessor(images, fast, chat_template=template, num_image_tokens=image_tokens)
 
 
 def make_config(processor: JanusProcessor, hidden: int = 128, layers: int = 4) -> JanusConfig:

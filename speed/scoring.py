@@ -1,0 +1,88 @@
+"""How fast candidates are judged, beside transformers' forward on the same weights in the same run.
+
+    python -m speed.scoring --config janus-100m --prompts 4 --candidates 10 --out speed/results/scoring-100m.json
+
+engine                     this project's: large batches, logits of the last position alone
+transformers-one-prompt    the processor and `forward`, one prompt's N candidates a call
+transformers-batch         the same, all in one call
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from speed import cost
+from speed.bench import device_name, parser, report, timed
+from speed.generation import sample_prompts
+from speed.models import open_model
+from stages.families.janus import Janus
+
+
+def engine(family: Janus, images: np.ndarray, questions: list[str], candidates: int) -> None:
+    family.p_yes(images, questions)
+
+
+@torch.no_grad()
+def transformers(family: Janus, images: np.ndarray, questions: list[str], candidates: int) -> None:
+    texts = []
+    for question in questions:
+        turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        texts.append(family.processor.apply_chat_template(turn, add_generation_prompt=True))
+    inputs = family.processor(text=texts, images=list(images), return_tensors="pt", padding=True)
+    inputs = {name: value.to(family.device) for name, value in inputs.items()}
+    inputs["pixel_values"] = inputs["pixel_values"].to(family.model.dtype)
+    family.model(**inputs).logits[:, -1].float().softmax(-1).cpu()
+
+
+def one_prompt(family: Janus, images: np.ndarray, questions: list[str], candidates: int) -> None:
+    for start in range(0, len(questions), candidates):
+        transformers(family, images[start : start + candidates], questions[start : start + candidates], candidates)
+
+
+WAYS = {"engine": engine, "transformers-one-prompt": one_prompt, "transformers-batch": transformers}
+
+
+def main() -> None:
+    arguments = parser(__doc__).parse_args()
+    arguments.dtype = arguments.dtype or ("bfloat16" if arguments.device.startswith("cuda") else "float32")
+    family = open_model(arguments.config, arguments.device, arguments.dtype)
+    size = family.processor.image_processor.size["height"]
+    count = arguments.prompts * arguments.candidates
+    images = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    questions = [
+        family.question.replace("{prompt}", prompt)
+        for prompt in sample_prompts(arguments.prompts)
+        for _ in range(arguments.candidates)
+    ]
+    length = round(np.mean([len(family.tokenizer.encode(question)) for question in questions[:: arguments.candidates]]))
+    least = cost.scoring(family.model.config, int(length), family.model.dtype.itemsize)
+    floor = least.floor_seconds(device_name(arguments.device))
+    results: list[dict[str, Any]] = []
+    for name, way in WAYS.items():
+        if arguments.only and name not in arguments.only:
+            continue
+        way(family, images[:2], questions[:2], 1)  # warm
+        seconds, peak = timed(
+            arguments.device,
+            lambda way=way: way(family, images, questions, arguments.candidates),  # type: ignore[misc]
+        )
+        results.append(
+            {
+                "name": name,
+                "images_per_second": count / seconds,
+                "seconds_per_1000_images": 1000 * seconds / count,
+                "fraction_of_floor": None if floor is None else floor * count / seconds,
+                "peak_memory_bytes": peak,
+                "bytes_per_image": least.bytes,
+                "flops_per_image": least.flops,
+            }
+        )
+        print(f"{name}: {seconds:.1f} s", flush=True)
+    report("scoring", arguments, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Many prompts: memory that does not grow, several processes that share a shard, and real prompts of every kind."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from stages.common import manifests
+from tests.conftest import BENCHMARKS, ROOT, done, environment, write_config
+
+
+def peak_memory(*arguments: object) -> int:
+    """Bytes that `python -m stages.<arguments>` held at most."""
+    name, *rest = map(str, arguments)
+    script = (
+        "import resource, runpy, sys; sys.argv[:] = [sys.argv[1], *sys.argv[2:]]\n"
+        "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    command = [sys.executable, "-c", script, f"stages.{name}", *rest]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return int(result.stdout.split()[-1])
+
+
+def test_memory_of_generate_does_not_grow_with_the_number_of_prompts(tmp_path):
+    peaks = {}
+    for count in (100, 1000):
+        folder = tmp_path / str(count)
+        config = write_config(folder, prompts={"train": {"count": count}}, generate={"candidates": 4, "batch_size": 200})
+        done("prompts", "--config", config, "--set", "train", "--out", folder / "p.parquet")
+        peaks[count] = peak_memory("generate", "--config", config, "--prompts", folder / "p.parquet",
+                                   "--out", folder / "c.parquet", "--images", folder / "c.tar")  # fmt: skip
+        assert len(manifests.read_rows(folder / "c.parquet", "candidates")) == 4 * count
+    assert peaks[1000] < 1.1 * peaks[100]
+
+
+def test_two_processes_share_a_shard_and_write_the_same_files(drawn, tmp_path):
+    config = write_config(tmp_path, model={"workers": 2})
+    common = ("--config", config, "--prompts", drawn / "prompts.parquet")
+    result = done("generate", *common, "--out", tmp_path / "candidates.parquet", "--images", tmp_path / "candidates.tar")
+    done("score", *common, "--candidates", tmp_path / "candidates.parquet", "--out", tmp_path / "scores.parquet")
+    for name in ("candidates.parquet", "candidates.tar", "scores.parquet"):
+        assert (tmp_path / name).read_bytes() == (drawn / name).read_bytes()
+    assert result.stderr.count("generate: 1 of 3 batches") == 2  # 18 prompts x 6 in batches of 20, three for each process
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_a_process_that_dies_fails_the_stage_and_what_is_done_is_kept(drawn, tmp_path):
+    config = write_config(tmp_path, model={"workers": 2})
+    (tmp_path / "sitecustomize.py").write_text("import os\nif os.environ.get('SELFGAP_SHARE') == '1/2':\n    os._exit(3)\n")
+    command = [sys.executable, "-m", "stages.generate", "--config", config, "--prompts", drawn / "prompts.parquet",
+               "--out", tmp_path / "c.parquet", "--images", tmp_path / "c.tar"]  # fmt: skip
+    broken = environment() | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    result = subprocess.run(list(map(str, command)), cwd=ROOT, env=broken, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "1 of 2 processes failed" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "c.parquet").exists()
+    (partial,) = tmp_path.glob(".c.parquet.*.partial")
+    assert len(list(partial.glob("*.parquet"))) == 3
+
+
+@pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="needs T2I-CompBench++'s prompt files")
+def test_every_real_training_prompt_is_drawn_and_judged(tmp_path):
+    files = sorted(map(str, BENCHMARKS.rglob("*_train.txt")))
+    assert len(files) == 8
+    source = {"source": "text", "files": files, "count": None, "split": "post-training"}
+    config = write_config(tmp_path, prompts={"train": source}, generate={"batch_size": 256}, score={"batch_size": 256})
+    done("prompts", "--config", config, "--set", "train", "--out", tmp_path / "p.parquet")
+    common = ("--config", config, "--prompts", tmp_path / "p.parquet")
+    done("generate", *common, "--candidates", 1, "--out", tmp_path / "c.parquet", "--images", tmp_path / "c.tar")
+    done("score", *common, "--candidates", tmp_path / "c.parquet", "--out", tmp_path / "s.parquet")
+    rows = manifests.read_rows(tmp_path / "s.parquet", "scores")
+    assert len(rows) == 5559
+    assert np.isfinite([row["p_yes"] for row in rows]).all()
