@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,72 +23,17 @@ from safetensors.torch import load_model
 from torch import nn
 from transformers import JanusForConditionalGeneration
 
-from stages.families.base import Sampling
 from stages.families.janus import Janus
-from stages.shapes import oracle
 from stages.shapes.grammar import (
-    CATEGORIES,
     Meaning,
-    perturb_meaning,
-    perturb_scene,
     sample_scene,
-    split_meanings,
 )
+from stages.shapes.measure import Judged, measure, sample_judged, sample_meaning
 from stages.shapes.scenes import render
 from stages.shapes.tiny_janus import CAPTION, QUESTION, make_config, make_processor
 
 SPLIT = "pretraining"
 PEAK_RATE = 1.0e-3
-
-
-@dataclass
-class Judged:
-    meaning: Meaning
-    grid: np.ndarray
-    label: bool
-
-
-@cache
-def simple_meanings(split: str) -> tuple[Meaning, ...]:
-    """One group of one or two objects: few of all prompts, but words and pictures are tied together on them."""
-    return tuple(
-        meaning
-        for category in CATEGORIES
-        for meaning in split_meanings(category, split)
-        if len(meaning.groups) == 1 and meaning.groups[0].count <= 2
-    )
-
-
-def sample_meaning(rng: np.random.Generator, split: str, simple: float = 0.0) -> Meaning:
-    """A prompt of the split, categories evenly; with probability `simple` one of the simple prompts."""
-    if rng.random() < simple:
-        pool = simple_meanings(split)
-    else:
-        pool = split_meanings(CATEGORIES[rng.integers(len(CATEGORIES))], split)
-    return pool[rng.integers(len(pool))]
-
-
-def sample_judged(rng: np.random.Generator, split: str, hard: float = 0.8, simple: float = 0.0) -> Judged:
-    """One labelled pair, matching with probability one half; every caption is of the given split."""
-    wanted = bool(rng.random() < 0.5)
-    while True:
-        meaning = sample_meaning(rng, split, simple)
-        grid = sample_scene(meaning, rng)
-        if not wanted:
-            kind = rng.random()
-            if kind < hard / 2:
-                grid = perturb_scene(grid, rng)
-            elif kind < hard:
-                meaning = perturb_meaning(meaning, rng)
-                if meaning.split() != split:
-                    continue
-            else:
-                pool = split_meanings(meaning.category, split)
-                meaning = pool[rng.integers(len(pool))]
-        elif rng.random() < 0.25:  # a changed scene that still matches: a change alone must not mean "no"
-            grid = perturb_scene(grid, rng)
-        if oracle.matches(meaning, grid) == wanted:
-            return Judged(meaning, grid, wanted)
 
 
 class Batches:
@@ -163,36 +106,6 @@ def captioning_loss(family: Janus, meanings: list[Meaning], images: np.ndarray) 
     return F.cross_entropy(family.model.lm_head(hidden[rows, places]), torch.tensor(labels))
 
 
-def measure(family: Janus, split: str, prompts: int, seed: int, guidance: float) -> dict[str, float]:
-    """Gen. against the oracle, judge accuracy on balanced hard negatives, and on the model's own pictures, percent."""
-    rng = np.random.default_rng(seed)
-    meanings = [sample_meaning(rng, split) for _ in range(prompts)]
-    images, truth = [], []
-    for start in range(0, prompts, 128):
-        part = meanings[start : start + 128]
-        seeds = rng.integers(1 << 62, size=len(part))
-        drawn = family.generate([m.prompt() for m in part], seeds, Sampling(guidance)).images
-        images.append(drawn)
-        truth += [oracle.matches(m, g) for m, g in zip(part, oracle.read(drawn), strict=True)]
-    judged = [sample_judged(rng, split, hard=1.0) for _ in range(prompts)]
-
-    def say(pictures: np.ndarray, about: list[Meaning]) -> np.ndarray:
-        return np.concatenate(
-            [
-                family.p_yes(pictures[i : i + 128], [QUESTION.format(prompt=m.prompt()) for m in about[i : i + 128]])[0]
-                for i in range(0, len(about), 128)
-            ]
-        )
-
-    hard = say(render(np.stack([pair.grid for pair in judged])), [pair.meaning for pair in judged]) > 0.5
-    own = say(np.concatenate(images), meanings) > 0.5
-    return {
-        "gen": 100 * float(np.mean(truth)),
-        "judge_hard": 100 * float(np.mean(hard == [pair.label for pair in judged])),
-        "judge_own": 100 * float(np.mean(own == truth)),
-    }
-
-
 def initialise(model: JanusForConditionalGeneration) -> None:
     """Variance-preserving weights: the stock standard deviation of 0.02 is meant for widths in the thousands, and at
     128 it leaves a plateau of a thousand steps."""
@@ -247,7 +160,7 @@ def train(family: Janus, folder: Path, steps: int, per_step: tuple[int, int, int
                 f"step {done} drawing {draw.item():.4f} judging {judge.item():.4f} captioning {caption.item():.4f}", flush=True
             )
         if done % save_every == 0 or done == steps:
-            figures = measure(family, "post-training", 384, 1, 5.0)
+            figures = measure(family, "post-training", 384, 1)
             print(f"step {done} post-training split: {json.dumps(figures)}", flush=True)
             temporary = state.with_suffix(".tmp")
             torch.save(
