@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from speed.cost import Cost
 from speed.models import NAMES
 
 
@@ -25,6 +25,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument("--candidates", type=int, default=10)
     result.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     result.add_argument("--dtype", help="default: bfloat16 on a GPU, else float32")
+    result.add_argument("--no-warm-up", action="store_true", help="time the first call; for runs of many minutes")
     result.add_argument("--only", nargs="+", help="of the results, these alone")
     result.add_argument("--out", type=Path, help="JSON")
     return result
@@ -37,8 +38,8 @@ def device_name(device: str) -> str:
     return f"{found[0] if found else platform.processor()}, {torch.get_num_threads()} threads"
 
 
-def timed(device: str, work: Callable[[], Any]) -> tuple[float, int]:
-    """Seconds, and peak bytes: allocated on a GPU; on a CPU the highest this process has ever held."""
+def timed(device: str, work: Callable[[], Any]) -> tuple[float, int | None]:
+    """Seconds, and peak bytes allocated on a GPU; None on a CPU, where the process's own peak never falls again."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
@@ -47,7 +48,34 @@ def timed(device: str, work: Callable[[], Any]) -> tuple[float, int]:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         return time.perf_counter() - start, torch.cuda.max_memory_allocated()
-    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return time.perf_counter() - start, None
+
+
+def compare(
+    arguments: argparse.Namespace, ways: Mapping[str, Callable[[], Any]], images: int, least: Cost
+) -> list[dict[str, Any]]:
+    """One result for each way of making or judging `images` images: run once to warm up, then once on the clock."""
+    floor = least.floor_seconds(device_name(arguments.device))
+    results: list[dict[str, Any]] = []
+    for name, way in ways.items():
+        if arguments.only and name not in arguments.only:
+            continue
+        if not arguments.no_warm_up:
+            way()
+        seconds, peak = timed(arguments.device, way)
+        results.append(
+            {
+                "name": name,
+                "images_per_second": images / seconds,
+                "seconds_per_1000_images": 1000 * seconds / images,
+                "fraction_of_floor": None if floor is None else floor * images / seconds,
+                "peak_memory_bytes": peak,
+                "bytes_per_image": least.bytes,
+                "flops_per_image": least.flops,
+            }
+        )
+        print(f"{name}: {seconds:.1f} s", flush=True)
+    return results
 
 
 def report(name: str, arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:
@@ -68,9 +96,10 @@ def report(name: str, arguments: argparse.Namespace, results: list[dict[str, Any
     for row in results:
         floor = row["fraction_of_floor"]
         share = "" if floor is None else f"{100 * floor:8.1f} % of the floor"
+        memory = "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**30:8.2f} GiB"
         print(
             f"{row['name']:<26} {row['images_per_second']:9.2f} images/s {row['seconds_per_1000_images']:10.1f} s/1000"
-            f"{row['peak_memory_bytes'] / 2**30:8.2f} GiB{share}"
+            f"{memory}{share}"
         )
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

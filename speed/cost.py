@@ -18,8 +18,8 @@ class Cost:
     flops: float
 
     def floor_seconds(self, device: str) -> float | None:
-        """The least time one image can take on the device: reading and computing one after the other for what cannot
-        overlap, the larger of both for what can; None for a device that is not in DEVICES."""
+        """The least time one image can take on the device: reading and computing overlap, so the longer of the two; None
+        for a device that is not in DEVICES."""
         for name, (bandwidth, compute) in DEVICES.items():
             if name in device:
                 return max(self.bytes / bandwidth, self.flops / compute)

@@ -10,13 +10,13 @@ upstream-loop              the procedure of deepseek-ai/Janus generation_inferen
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 
 from speed import cost
-from speed.bench import device_name, parser, report, timed
+from speed.bench import compare, parser, report
 from speed.models import open_model
 from stages.common.seeds import candidate_seed
 from stages.families.base import Sampling
@@ -94,27 +94,8 @@ def main() -> None:
     length = round(sum(map(family.bucket, prompts)) / len(prompts))
     itemsize = family.model.dtype.itemsize
     least = cost.generation(family.model.config, length, family.image_length, images, True, itemsize)
-    floor = least.floor_seconds(device_name(arguments.device))
-    results: list[dict[str, Any]] = []
-    for name, way in WAYS.items():
-        if arguments.only and name not in arguments.only:
-            continue
-        if arguments.device != "cpu" or arguments.config == "tiny-janus":
-            way(family, prompts, arguments.candidates)  # warm
-        seconds, peak = timed(arguments.device, lambda way=way: way(family, prompts, arguments.candidates))  # type: ignore[misc]
-        results.append(
-            {
-                "name": name,
-                "images_per_second": images / seconds,
-                "seconds_per_1000_images": 1000 * seconds / images,
-                "fraction_of_floor": None if floor is None else floor * images / seconds,
-                "peak_memory_bytes": peak,
-                "bytes_per_image": least.bytes,
-                "flops_per_image": least.flops,
-            }
-        )
-        print(f"{name}: {seconds:.1f} s", flush=True)
-    report("generation", arguments, results)
+    ways = {name: partial(way, family, prompts, arguments.candidates) for name, way in WAYS.items()}
+    report("generation", arguments, compare(arguments, ways, images, least))
 
 
 if __name__ == "__main__":

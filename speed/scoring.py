@@ -9,13 +9,13 @@ transformers-batch         the same, all in one call
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 
 from speed import cost
-from speed.bench import device_name, parser, report, timed
+from speed.bench import compare, parser, report
 from speed.generation import sample_prompts
 from speed.models import open_model
 from stages.families.janus import Janus
@@ -59,29 +59,8 @@ def main() -> None:
     ]
     length = round(np.mean([len(family.tokenizer.encode(question)) for question in questions[:: arguments.candidates]]))
     least = cost.scoring(family.model.config, int(length), family.model.dtype.itemsize)
-    floor = least.floor_seconds(device_name(arguments.device))
-    results: list[dict[str, Any]] = []
-    for name, way in WAYS.items():
-        if arguments.only and name not in arguments.only:
-            continue
-        way(family, images[:2], questions[:2], 1)  # warm
-        seconds, peak = timed(
-            arguments.device,
-            lambda way=way: way(family, images, questions, arguments.candidates),  # type: ignore[misc]
-        )
-        results.append(
-            {
-                "name": name,
-                "images_per_second": count / seconds,
-                "seconds_per_1000_images": 1000 * seconds / count,
-                "fraction_of_floor": None if floor is None else floor * count / seconds,
-                "peak_memory_bytes": peak,
-                "bytes_per_image": least.bytes,
-                "flops_per_image": least.flops,
-            }
-        )
-        print(f"{name}: {seconds:.1f} s", flush=True)
-    report("scoring", arguments, results)
+    ways = {name: partial(way, family, images, questions, arguments.candidates) for name, way in WAYS.items()}
+    report("scoring", arguments, compare(arguments, ways, count, least))
 
 
 if __name__ == "__main__":

@@ -76,13 +76,14 @@ def main() -> None:
             "temperature": settings.temperature,
         }
 
+    drawn_columns = pa.schema([field for field in manifests.schema("candidates") if field.name not in ("offset", "nbytes")])
     batches: list[Any] = []
-    family = None
+    family, shares = None, 1
     if prompts:
-        from stages.families import open_family
+        from stages.families import open_family, workers
         from stages.families.base import Sampling
 
-        family = open_family(config.model, checkpoint)
+        family, shares = open_family(config.model, checkpoint), workers(config.model)
         prompts.sort(key=lambda prompt: family.bucket(prompt["prompt"]))  # prompts of one length run together
         batches = planned([(prompt, index) for prompt in prompts for index in range(count)], settings.batch_size)
 
@@ -103,14 +104,11 @@ def main() -> None:
             row["tokens"] = None if drawn.tokens is None else drawn.tokens[i].astype("uint16")
             row["log_probability"] = float(drawn.log_probabilities[i])
             row["height"], row["width"] = image.shape[:2]
-        columns = pa.schema([field for field in manifests.schema("candidates") if field.name not in ("offset", "nbytes")])
-        return pa.Table.from_pylist(rows, schema=columns).append_column("png", pa.array(pictures, pa.binary()))
+        return pa.Table.from_pylist(rows, schema=drawn_columns).append_column("png", pa.array(pictures, pa.binary()))
 
     prompts_hash = manifests.content_hash(arguments.prompts)
     key = ("generate", weights, repr(settings), count, arguments.round, config.seed, arguments.shard, prompts_hash)
-    with kept_batches(
-        arguments.out, key, batches, work=draw, finish=compress, label="generate", workers=config.model.workers
-    ) as files:
+    with kept_batches(arguments.out, key, batches, work=draw, finish=compress, label="generate", workers=shares) as files:
         places = []
         with whole_file(arguments.images) as temporary, temporary.open("wb") as tar:
             for file in files:
@@ -121,7 +119,7 @@ def main() -> None:
 
         def placed() -> Iterator[pa.Table]:
             for file, found in zip(files, places, strict=True):
-                table = pq.read_table(file).drop_columns("png")
+                table = pq.read_table(file, columns=[field.name for field in drawn_columns])
                 for column, values in zip(("offset", "nbytes"), zip(*found, strict=True), strict=True):
                     table = table.append_column(column, pa.array(values, pa.int64()))
                 yield table

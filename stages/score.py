@@ -45,11 +45,11 @@ def main() -> None:
     prompts = manifests.prompts_of(arguments.prompts, candidates)
     checkpoint = arguments.checkpoint or Path(config.model.checkpoint)
     weights = checkpoint_hash(checkpoint)
-    family = None
+    family, shares = None, 1
     if candidates:
-        from stages.families import open_family
+        from stages.families import open_family, workers
 
-        family = open_family(config.model, checkpoint)
+        family, shares = open_family(config.model, checkpoint), workers(config.model)
 
     def look(batch: Any) -> tuple[Any, Any]:
         return batch, shards.read_images(arguments.candidates, batch)
@@ -74,9 +74,8 @@ def main() -> None:
 
     key = ("score", weights, repr(settings), manifests.content_hash(arguments.candidates))
     batches = planned(candidates, settings.batch_size)
-    verdicts: list[bool | None] = []
     with kept_batches(
-        arguments.out, key, batches, prepare=look, work=judge, finish=table_of, label="score", workers=config.model.workers
+        arguments.out, key, batches, prepare=look, work=judge, finish=table_of, label="score", workers=shares
     ) as files:
         tables = [pq.read_table(file) for file in files]
         verdicts = [verdict for table in tables for verdict in table["verdict"].to_pylist()]

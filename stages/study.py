@@ -30,14 +30,19 @@ def files(run: Path, node: str, kind: str, images: str) -> list[Path]:
     return sorted((run / node / kind / images).glob("*.parquet"))
 
 
-def counted(run: Path, arm: str, prompts: list[Row], threshold: float) -> dict[str, metrics.Counts]:
-    """Every metric's counts by prompt of one arm in one run."""
-    own = metrics.read_images(files(run, arm, "verdicts", "evaluation"), files(run, arm, "scores", "evaluation"), threshold)
-    base = metrics.read_images(
-        files(run, "base", "verdicts", "evaluation"), files(run, "base", "scores", "evaluation"), threshold
-    )
-    after = files(run, arm, "scores", "evaluation" if arm == "base" else "base-evaluation")
-    return metrics.count(prompts, own, base, metrics.verdicts(after, threshold))
+def counted(run: Path, arms: list[str], prompts: list[Row], threshold: float) -> dict[str, dict[str, metrics.Counts]]:
+    """By arm, every metric's counts by prompt in one run."""
+
+    def images(arm: str) -> Any:
+        return metrics.read_images(
+            files(run, arm, "verdicts", "evaluation"), files(run, arm, "scores", "evaluation"), threshold
+        )
+
+    base, found = images("base"), {}
+    for arm in arms:
+        after = files(run, arm, "scores", "evaluation" if arm == "base" else "base-evaluation")
+        found[arm] = metrics.count(prompts, images(arm), base, metrics.verdicts(after, threshold))
+    return found
 
 
 def evaluation_rows(runs: list[Path], config: Config) -> list[Row]:
@@ -47,10 +52,10 @@ def evaluation_rows(runs: list[Path], config: Config) -> list[Row]:
         if manifests.read_rows(run / "prompts/evaluation.parquet", "prompts") != prompts:
             raise UserError(f"{run}/prompts/evaluation.parquet: not the held-out prompts of {runs[0]}; runs may differ in seed")
     arms = ["base", *config.arms]
-    counts: dict[str, dict[str, metrics.Counts]] = {}
-    for arm in arms:
-        by_run = [counted(run, arm, prompts, config.evaluate.verdict_threshold) for run in runs]
-        counts[arm] = {name: np.concatenate([part[name] for part in by_run], axis=1) for name in by_run[0]}
+    by_run = [counted(run, arms, prompts, config.evaluate.verdict_threshold) for run in runs]
+    counts = {
+        arm: {name: np.concatenate([part[arm][name] for part in by_run], axis=1) for name in by_run[0][arm]} for arm in arms
+    }
     pairs = [(arm, arm, "base") for arm in arms]
     pairs += [(f"{arm} against {twin}", arm, twin) for arm in arms if (twin := arm.removeprefix("c-")) != arm and twin in arms]
     rows = []

@@ -75,7 +75,7 @@ def test_splits_share_no_meaning_in_any_wording():
 
 
 def test_pretraining_captions_and_negatives_stay_in_their_split():
-    from stages.shapes.measure import sample_judged, sample_meaning
+    from stages.shapes.sampling import sample_judged, sample_meaning
     from stages.shapes.train_model import SPLIT
 
     rng = np.random.default_rng(2)

@@ -32,7 +32,7 @@ def kept_batches(
     work: Callable[[Any], Any],
     finish: Callable[[Any], pa.Table],
     label: str,
-    workers: int | None = 1,
+    workers: int = 1,
 ) -> Iterator[list[Path]]:
     """Yield all batches' tables as Parquet files in order, computed now or kept by an earlier run with the same key.
 
@@ -40,8 +40,7 @@ def kept_batches(
     before. out: the stage's final output; kept batches lie in a hidden folder beside it, named by the hash of `key`
     (everything that the batches depend on). Leaving the context without an error removes it: write `out` inside.
 
-    workers: above 1, as many processes run this same command and share the missing batches, one GPU each; None: one for
-        each visible GPU.
+    workers: above 1, as many processes run this same command and share the missing batches, one GPU each.
     """
     folder = out.parent / f".{out.name}.{hash_seed(*key):016x}.partial"
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +49,7 @@ def kept_batches(
     if SHARE in os.environ:
         share, shares = (int(part) for part in os.environ[SHARE].split("/"))
     else:
-        share, shares = 0, max(1, min(visible_gpus() if workers is None else workers, missing))
+        share, shares = 0, max(1, min(workers, missing))
     mine = [number for number in range(share, len(files), shares) if not files[number].exists()]
 
     def save(number: int, result: Any) -> None:
@@ -84,12 +83,6 @@ def kept_batches(
 
 
 SHARE = "SELFGAP_SHARE"  # `k/n` in the environment of the k-th of n processes that share a stage's batches
-
-
-def visible_gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
 
 
 @contextmanager

@@ -13,6 +13,15 @@ if TYPE_CHECKING:
 FAMILIES = {"janus": ("stages.families.janus", "Janus")}
 
 
+def workers(model: Model) -> int:
+    """How many processes share a stage's batches, one GPU each: `model.workers`; where empty, as many as GPUs are seen."""
+    import torch
+
+    if model.workers is not None:
+        return model.workers
+    return max(1, torch.cuda.device_count()) if model.device in ("auto", "cuda") else 1
+
+
 def open_family(model: Model, checkpoint: Path | None = None) -> Family:
     """Load the configured model, or another checkpoint of its family; torch is imported here and not before."""
     import torch

@@ -36,17 +36,18 @@ class Memory:
         while start < count:
             fit = max(1, min(room, self.most or room) // bytes_each)
             stop = min(count, start + fit)
+            tried = stop - start
             try:
                 results.append(work(slice(start, stop)))
                 start = stop
+                continue
             except torch.OutOfMemoryError as error:
-                tried = stop - start
                 if tried == 1:
                     raise UserError(
                         f"{self.device}: out of memory with one image ({error}); use a larger GPU or model.dtype bfloat16"
                     ) from None
-                self.most = tried // 2 * bytes_each
-                print(f"{tried} images at once did not fit on {self.device}; going on with {tried // 2}", file=sys.stderr)
-            if self.most is not None and self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self.most = tried // 2 * bytes_each
+            print(f"{tried} images at once did not fit on {self.device}; going on with {tried // 2}", file=sys.stderr)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # only here, past the except clause, has the failed attempt let go of its tensors
         return results

@@ -1,4 +1,4 @@
-"""What the tiny model can do, and the labelled pairs that it learns to judge from and is measured on.
+"""What the tiny model can do in the shapes world.
 
     python -m stages.shapes.measure --checkpoint models/tiny-janus
 
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,59 +16,10 @@ import numpy as np
 from stages.families.base import Sampling
 from stages.families.janus import Janus
 from stages.shapes import oracle
-from stages.shapes.grammar import CATEGORIES, Meaning, perturb_meaning, perturb_scene, sample_scene, split_meanings
+from stages.shapes.grammar import Meaning
+from stages.shapes.sampling import sample_judged, sample_meaning
 from stages.shapes.scenes import render
 from stages.shapes.tiny_janus import QUESTION
-
-
-@dataclass
-class Judged:
-    meaning: Meaning
-    grid: np.ndarray
-    label: bool
-
-
-@cache
-def simple_meanings(split: str) -> tuple[Meaning, ...]:
-    """One group of one or two objects: few of all prompts, but words and pictures are tied together on them."""
-    return tuple(
-        meaning
-        for category in CATEGORIES
-        for meaning in split_meanings(category, split)
-        if len(meaning.groups) == 1 and meaning.groups[0].count <= 2
-    )
-
-
-def sample_meaning(rng: np.random.Generator, split: str, simple: float = 0.0) -> Meaning:
-    """A prompt of the split, categories evenly; with probability `simple` one of the simple prompts."""
-    if rng.random() < simple:
-        pool = simple_meanings(split)
-    else:
-        pool = split_meanings(CATEGORIES[rng.integers(len(CATEGORIES))], split)
-    return pool[rng.integers(len(pool))]
-
-
-def sample_judged(rng: np.random.Generator, split: str, hard: float = 0.8, simple: float = 0.0) -> Judged:
-    """One labelled pair, matching with probability one half; every caption is of the given split."""
-    wanted = bool(rng.random() < 0.5)
-    while True:
-        meaning = sample_meaning(rng, split, simple)
-        grid = sample_scene(meaning, rng)
-        if not wanted:
-            kind = rng.random()
-            if kind < hard / 2:
-                grid = perturb_scene(grid, rng)
-            elif kind < hard:
-                meaning = perturb_meaning(meaning, rng)
-                if meaning.split() != split:
-                    continue
-            else:
-                pool = split_meanings(meaning.category, split)
-                meaning = pool[rng.integers(len(pool))]
-        elif rng.random() < 0.25:  # a changed scene that still matches: a change alone must not mean "no"
-            grid = perturb_scene(grid, rng)
-        if oracle.matches(meaning, grid) == wanted:
-            return Judged(meaning, grid, wanted)
 
 
 def measure(family: Janus, split: str, prompts: int, seed: int, guidance_scale: float = 1.0) -> dict[str, float]:

@@ -28,7 +28,8 @@ from stages.shapes.grammar import (
     Meaning,
     sample_scene,
 )
-from stages.shapes.measure import Judged, measure, sample_judged, sample_meaning
+from stages.shapes.measure import measure
+from stages.shapes.sampling import Judged, sample_judged, sample_meaning
 from stages.shapes.scenes import render
 from stages.shapes.tiny_janus import CAPTION, QUESTION, make_config, make_processor
 
