@@ -21,6 +21,7 @@ from stages.common.runtime import UserError, run_stage, whole_file
 Row = dict[str, Any]
 PICTURE, GAP, TEXT, LINE = 112, 10, 250, 22  # pixels: a picture's side, between pictures, the prompt's column, a line
 INK, QUIET, GOOD, BAD, PAPER = "#1c1c1e", "#8e8e93", "#1a9850", "#d73027", "#ffffff"
+VERDICTS = {True: ("matches", GOOD), False: ("does not match", BAD), None: ("not judged", None)}
 
 
 def spread(rows: list[Row], count: int) -> list[Row]:
@@ -118,7 +119,9 @@ def main() -> None:
         kept = any(row["candidate_id"] in chosen for _, row in drawn[prompt["prompt_id"]])
         sheet.row(prompt["prompt"], prompt["category"] + ("" if kept else ", discard pool"), cells)
 
-    sheet.heading(f"Held-out prompts: base beside trained, green where {config.evaluate.judge} says it matches", arguments.arms)
+    judge = config.evaluate.judge
+    green = "" if judge == "none" else f", green where {judge} says it matches"
+    sheet.heading(f"Held-out prompts: base beside trained{green}", arguments.arms)
     firsts = [first_drawn(path) for path in arguments.drawn]
     true = {row["candidate_id"]: row["verdict"] for row in manifests.read_rows(arguments.verdicts, "scores")}
     held_out = [row for row in manifests.read_rows(arguments.evaluation, "prompts") if row["prompt_id"] in firsts[0]]
@@ -129,7 +132,7 @@ def main() -> None:
             prompt["prompt"],
             prompt["category"],
             [
-                (picture(path, row), "matches" if verdict else "does not match", GOOD if verdict else BAD)
+                (picture(path, row), *VERDICTS[verdict])
                 for path, row, verdict in zip(arguments.drawn, rows, verdicts, strict=True)
             ],
         )

@@ -7,11 +7,33 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from stages.common import manifests, shards
 from stages.common.batches import planned
 from stages.common.config import load
 from stages.common.runtime import UserError, run_stage
+
+Row = dict[str, Any]
+
+
+def shapes_verdicts(path: Path, candidates: list[Row], prompts: dict[str, Row], manifest: Path) -> list[Row]:
+    """The oracle of the shapes world; UserError where a prompt is not of that world."""
+    from stages.shapes import oracle
+    from stages.shapes.grammar import from_json
+
+    rows: list[Row] = []
+    for batch in planned(candidates, 1024):
+        grids = oracle.read(shards.read_images(path, batch))
+        for row, grid in zip(batch, grids, strict=True):
+            try:
+                meaning = from_json(prompts[row["prompt_id"]]["metadata"])
+            except ValueError as error:
+                raise UserError(f"{manifest}: {error}; the judge `shapes` needs prompts of source shapes") from None
+            matches = oracle.matches(meaning, grid)
+            rows.append({"candidate_id": row["candidate_id"], "prompt_id": row["prompt_id"], "judge": "shapes"})
+            rows[-1] |= {"verdict": matches, "p_yes": float(matches), "p_neither": 0.0}
+    return rows
 
 
 def main() -> None:
@@ -22,25 +44,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="score manifest (Parquet) of the judge")
     arguments = parser.parse_args()
     judge = load(arguments.config).evaluate.judge
-    from stages.shapes import oracle
-    from stages.shapes.grammar import from_json
-
     candidates = manifests.read_rows(arguments.candidates, "candidates", without=("tokens",))
     prompts = manifests.prompts_of(arguments.prompts, candidates)
-    rows = []
-    for batch in planned(candidates, 1024):
-        grids = oracle.read(shards.read_images(arguments.candidates, batch))
-        for row, grid in zip(batch, grids, strict=True):
-            try:
-                meaning = from_json(prompts[row["prompt_id"]]["metadata"])
-            except ValueError as error:
-                raise UserError(f"{arguments.prompts}: {error}; the judge `shapes` needs prompts of source shapes") from None
-            matches = oracle.matches(meaning, grid)
-            rows.append({"candidate_id": row["candidate_id"], "prompt_id": row["prompt_id"], "judge": judge})
-            rows[-1] |= {"verdict": matches, "p_yes": float(matches), "p_neither": 0.0}
+    if judge == "none":
+        rows = [{"candidate_id": row["candidate_id"], "prompt_id": row["prompt_id"], "judge": judge} for row in candidates]
+    else:
+        rows = shapes_verdicts(arguments.candidates, candidates, prompts, arguments.prompts)
     parents = [arguments.prompts, arguments.candidates]
     manifests.write(arguments.out, "scores", rows, stage="stages.judge", settings={"judge": judge}, parents=parents)
-    print(f"{len(rows)} judged by {judge}: {sum(row['verdict'] for row in rows)} match")
+    matching = sum(row.get("verdict") is True for row in rows)
+    print(f"{len(rows)} images, judge {judge}" + ("" if judge == "none" else f": {matching} match"))
 
 
 if __name__ == "__main__":

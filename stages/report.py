@@ -36,7 +36,7 @@ def show(rows: list[Row]) -> str:
             continue
         cells = []
         for name in SHOWN:
-            value, low, high = (row[key] for key in (name, f"{name}_delta_ci_low", f"{name}_delta_ci_high"))
+            value, low, high = (row.get(key) for key in (name, f"{name}_delta_ci_low", f"{name}_delta_ci_high"))
             change = "" if row["arm"] == "base" or low is None else f" ({low:+.1f} to {high:+.1f})"
             cells.append(f"{'-' if value is None else f'{value:.1f}'}{change}")
         lines.append(f"{row['arm']:<14}" + "".join(f"{cell:>24}" for cell in cells))

@@ -57,11 +57,13 @@ def main() -> None:
     def judge(seen: tuple[Any, Any]) -> list[dict[str, Any]]:
         assert family is not None
         batch, images = seen
-        template = settings.question or family.question
+        template, prefix = settings.question or family.question, settings.answer_prefix
+        if settings.question is None:
+            prefix = family.answer_prefix
         questions = [template.replace("{prompt}", prompts[row["prompt_id"]]["prompt"]) for row in batch]
         rows = [{"candidate_id": row["candidate_id"], "prompt_id": row["prompt_id"], "judge": weights} for row in batch]
         if settings.mode == "p_yes":
-            for row, p_yes, p_neither in zip(rows, *family.p_yes(images, questions), strict=True):
+            for row, p_yes, p_neither in zip(rows, *family.p_yes(images, questions, prefix), strict=True):
                 row |= {"p_yes": p_yes, "p_neither": p_neither, "verdict": bool(p_yes >= VERDICT_THRESHOLD)}
         else:
             for row, answer in zip(rows, family.answer(images, questions, settings.max_new_tokens), strict=True):

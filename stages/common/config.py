@@ -67,6 +67,7 @@ class Generate(Section):
 class Score(Section):
     mode: Literal["p_yes", "answer"] = Field(default="p_yes", description="answer: generate and parse `The score is 0/1.`")
     question: str | None = Field(default=None, description="with {prompt}; empty: the family's own, the paper's question")
+    answer_prefix: str = Field(default="", description="p_yes: how the answer to `question` begins; the verdict comes next")
     max_new_tokens: Positive = 128
     batch_size: Positive = 64
 
@@ -131,7 +132,9 @@ class Arm(Section):
 
 class Evaluate(Section):
     images_per_prompt: Positive = 4
-    judge: Literal["shapes"] = Field(default="shapes", description="the external judge; it measures, it never trains")
+    judge: Literal["shapes", "none"] = Field(
+        default="shapes", description="the external judge; it measures, it never trains; none: of all metrics non alone"
+    )
     verdict_threshold: Share = Field(default=0.5, description="und = 1: p_yes at least this")
     bootstrap: Positive = Field(default=2000, description="resamples of prompts for the intervals")
 
@@ -168,7 +171,8 @@ class Config(Section):
             if arm.candidates and arm.candidates > self.generate.candidates:
                 raise ValueError(f"arms.{name}.candidates is above generate.candidates ({self.generate.candidates})")
             self.arm_train(name)
-            self.arm_pairs(name)
+            if self.arm_pairs(name).filter == "oracle" and self.evaluate.judge == "none":
+                raise ValueError(f"arms.{name}.pairs.filter: oracle needs an external judge in evaluate.judge")
         return self
 
 

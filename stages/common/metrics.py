@@ -12,7 +12,8 @@ true_positive_broken   share of base images with (judge, before, after) = (1, 1,
 judge_on_base          share of base images on which und agrees with the judge
 judge_on_own           the same on the model's own images
 
-An answer that could not be read counts in no denominator but gen's. `overall` is the unweighted mean over categories.
+An answer that could not be read counts in no denominator but gen's. Without an external judge there is only non. `overall`
+is the unweighted mean over categories.
 """
 
 from __future__ import annotations
@@ -74,6 +75,10 @@ def count(prompts: list[dict[str, Any]], own: Images, base: Images, after: dict[
                 counts[:, 0, place[prompt]] += (counted(candidate), 1)
         return counts
 
+    non = tally(own, lambda c: own.und[c] is False, lambda c: own.und[c] is not None)
+    if all(verdict is None for verdict in base.judge.values()):
+        return {"non": non}
+
     def readable(candidate: str) -> bool:
         return base.und[candidate] is not None and after[candidate] is not None
 
@@ -82,7 +87,7 @@ def count(prompts: list[dict[str, Any]], own: Images, base: Images, after: dict[
 
     return {
         "gen": tally(own, lambda c: own.judge[c] is True, lambda c: True),
-        "non": tally(own, lambda c: own.und[c] is False, lambda c: own.und[c] is not None),
+        "non": non,
         "weak_generation": tally(own, lambda c: own.judge[c] is False, lambda c: own.und[c] is False),
         "und": tally(base, lambda c: after[c] == base.judge[c], lambda c: readable(c) and base.und[c] != after[c]),
         "false_positive_fixed": tally(base, turned(False), readable),

@@ -54,9 +54,14 @@ class TrainingView:
 
 
 class Family(Protocol):
-    """A loaded model. All methods run under no_grad except through `training_view().model`."""
+    """A loaded model. All methods run under no_grad except through `training_view().model`.
+
+    question: what the judge is asked where the configuration asks nothing else; contains {prompt}.
+    answer_prefix: how the answer to that question begins, up to the token that is the verdict.
+    """
 
     question: str
+    answer_prefix: str
 
     @classmethod
     def load(cls, checkpoint: Path, device: str = "cpu", dtype: str = "float32") -> Family:
@@ -76,11 +81,11 @@ class Family(Protocol):
         """Draw one candidate for each (prompt, seed). A candidate depends on its prompt and seed, not on its batch."""
         ...
 
-    def p_yes(self, images: np.ndarray, questions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def p_yes(self, images: np.ndarray, questions: list[str], prefix: str = "") -> tuple[np.ndarray, np.ndarray]:
         """Judge n images, uint8 `[n, h, w, 3]`, by n questions.
 
-        Returns P(yes) / (P(yes) + P(no)) at the first answer token, and 1 - P(yes) - P(no), the mass on neither; both
-        float64 `[n]`. P(yes) sums every single-token spelling of yes and of 1, P(no) likewise.
+        Returns P(yes) / (P(yes) + P(no)) at the first answer token after `prefix`, and 1 - P(yes) - P(no), the mass on
+        neither; both float64 `[n]`. P(yes) sums every single-token spelling of yes and of 1, P(no) likewise.
         """
         ...
 

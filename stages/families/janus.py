@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import JanusForConditionalGeneration, JanusProcessor
+from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
 from stages.common.runtime import UserError
 from stages.common.seeds import uniforms
@@ -19,6 +20,8 @@ from stages.families.checkpoints import require_model_type
 from stages.families.janus_decode import cache_bytes, decode
 from stages.families.memory import Memory
 
+USER, ASSISTANT = "<|User|>", "<|Assistant|>"
+PAD = "<\uff5c\u2581pad\u2581\uff5c>"  # upstream's, with fullwidth bars and lower one eighth blocks
 YES = ("1", " 1", "yes", " yes", "Yes", " Yes", "YES", " YES")
 NO = ("0", " 0", "no", " no", "No", " No", "NO", " NO")
 
@@ -32,6 +35,8 @@ class Janus:
         "describe {prompt}? If it describes the scene, score 1; if it does not fully describe, score 0. Please answer "
         "in the following format: The score is {your score}."
     )
+    # Digits are tokens of their own in Janus-Pro's tokenizer, so the space before the score belongs to what comes before.
+    answer_prefix = " The score is "
 
     def __init__(self, model: JanusForConditionalGeneration, processor: JanusProcessor) -> None:
         self.model = model.eval()
@@ -41,7 +46,14 @@ class Janus:
         self.begin = self._id(processor.image_start_token)
         self.end = self._id(processor.image_end_token)
         self.placeholder = self._id(processor.image_token)
-        self.pad = self.tokenizer.pad_token_id
+        self.pad = self._id(PAD if PAD in self.tokenizer.get_vocab() else self.tokenizer.pad_token)
+        for tag in (USER, ASSISTANT):
+            self._id(tag)
+        if self.placeholder != model.config.image_token_id:
+            raise UserError(
+                f"the checkpoint's image_token_id is {model.config.image_token_id}, but its tokenizer's "
+                f"{processor.image_token} is {self.placeholder}; its tokenizer files are another model's"
+            )
         # Lost by from_pretrained though saved by save_pretrained, and needed by transformers' own generate.
         model.generation_config.generation_kwargs = {"boi_token_id": self.begin}
         self.image_length = model.model.vqmodel.config.num_patches**2
@@ -65,8 +77,9 @@ class Janus:
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
-    def _id(self, token: str) -> int:
-        identifier = self.tokenizer.convert_tokens_to_ids(token)
+    def _id(self, token: str | None) -> int:
+        """The id of a special token by its name: ids differ between Janus-Pro-1B and 7B."""
+        identifier = self.tokenizer.convert_tokens_to_ids(token) if token else None
         if identifier is None or identifier == self.tokenizer.unk_token_id:
             raise UserError(f"the checkpoint's tokenizer has no token {token!r}; it is not a Janus tokenizer")
         return identifier
@@ -80,7 +93,7 @@ class Janus:
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         """BOS, user turn, assistant turn, begin-of-image: upstream's layout for Janus-Pro."""
-        ids = [*self.tokenizer.encode(f"<|User|>: {prompt}\n\n<|Assistant|>:"), self.begin]
+        ids = [*self.tokenizer.encode(f"{USER}: {prompt}\n\n{ASSISTANT}:"), self.begin]
         if self.tokenizer.bos_token_id is not None and ids[0] != self.tokenizer.bos_token_id:
             ids.insert(0, self.tokenizer.bos_token_id)
         return ids
@@ -172,11 +185,21 @@ class Janus:
         mean, std = (torch.tensor(v, device=self.device)[:, None, None] for v in (processor.image_mean, processor.image_std))
         return ((pixels - mean) / std).to(self.model.dtype)
 
-    def _question_embeddings(self, images: np.ndarray, questions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _question_ids(self, question: str, prefix: str = "") -> list[int]:
+        """Upstream's layout: system prompt, user turn with picture and question, assistant turn.
+
+        The paper's question opens with upstream's system prompt, whose place is before the user's turn.
+        """
+        asked = question.removeprefix(DEFAULT_SYSTEM_PROMPT.rstrip()).lstrip()
+        system = DEFAULT_SYSTEM_PROMPT if asked != question or self.processor.use_default_system_prompt else ""
+        picture = self.processor.replace_image_token({}, 0)
+        return self.tokenizer.encode(f"{system}{USER}: {picture}\n{asked}\n\n{ASSISTANT}:{prefix}")
+
+    def _question_embeddings(
+        self, images: np.ndarray, questions: list[str], prefix: str = ""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Right-padded embeddings `[n, s, d]` and the index of each row's last real token; causal, so no mask."""
-        pictures = self.processor.replace_image_token({}, 0)
-        texts = [f"<|User|>: {pictures}\n{question}\n\n<|Assistant|>:" for question in questions]
-        rows = [self.tokenizer.encode(text) for text in texts]
+        rows = [self._question_ids(question, prefix) for question in questions]
         last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
         width = max(len(row) for row in rows)
         ids = torch.tensor([row + [self.pad] * (width - len(row)) for row in rows], device=self.device)
@@ -186,9 +209,9 @@ class Janus:
         return embeddings.masked_scatter(mask, features.to(embeddings.dtype)), last
 
     @torch.no_grad()
-    def p_yes(self, images: np.ndarray, questions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def p_yes(self, images: np.ndarray, questions: list[str], prefix: str = "") -> tuple[np.ndarray, np.ndarray]:
         def some(part: slice) -> tuple[np.ndarray, np.ndarray]:
-            inputs, last = self._question_embeddings(images[part], questions[part])
+            inputs, last = self._question_embeddings(images[part], questions[part], prefix)
             hidden = self.model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
             logits = self.model.lm_head(hidden[torch.arange(len(last), device=self.device), last])
             probabilities = logits.double().softmax(-1)
