@@ -56,8 +56,8 @@ def main() -> None:
     ]
     if not data[0][1]:
         raise UserError(
-            f"{arguments.pairs}: no training rows, every prompt was discarded; lower pairs.accept_threshold "
-            "(see the discard manifest's best_p_yes) or raise generate.candidates"
+            f"{arguments.pairs}: no training rows, every prompt was discarded (the discard manifest says why); "
+            "lower pairs.accept_threshold, raise pairs.reject_threshold (DPO) or raise generate.candidates"
         )
     rows = plan(data, arguments.epochs, settings.batch_size, config.seed)
     facts = {"epochs": arguments.epochs, "batch_size": settings.batch_size, "joined": [epoch for epoch, _ in files]}
