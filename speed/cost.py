@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from transformers import JanusConfig
 
-# memory bandwidth in bytes/s, dense bfloat16 FLOP/s; data sheets, FLOP/s at what dense kernels reach on them
-DEVICES = {"H100": (3.35e12, 8.0e14), "H200": (4.8e12, 8.0e14), "A100": (2.04e12, 3.0e14)}
+from stages.common.devices import DEVICES
 
 
 @dataclass

@@ -1,39 +1,36 @@
-"""Train the shared LLM on a schedule, with TRL's SFTTrainer or DPOTrainer.
+"""Train the shared LLM on a schedule, with TRL's SFTTrainer or DPOTrainer; on several GPUs or nodes with DeepSpeed.
 
     python -m stages.train --config config.yaml --arm sft --prompts prompts.parquet --schedule schedule.parquet \\
         --candidates base/*.parquet --work work/ --out checkpoint/ --metrics training.parquet [--continue parent-work/]
 
-The schedule is read in order, so a segment continues bit-exactly: `--continue` takes the work folder of the training that
-this one goes on from, and a killed training goes on from its own last save. A work folder's saves are keyed by everything
-they depend on (code, settings, base model, the schedule up to there); saves of another key are never continued, and where
-there are none the training starts at the base model, which gives the same weights.
+The command starts as many processes as train.gpus and train.nodes say. The schedule is read in order, so a segment
+continues bit-exactly: `--continue` takes the work folder of the training that this one goes on from, and a killed training
+goes on from its own last save. SIGTERM and SIGUSR1 save after the step and exit with code 75: run it again. A work
+folder's saves are keyed by everything they depend on (code, settings, base model, the schedule up to there); saves of
+another key are never continued, and where there are none the training starts at the base model, which gives the same
+weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
 import shutil
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from stages.common import manifests
+from stages.common import manifests, shards
 from stages.common.code import code
 from stages.common.config import Config, Train, load
-from stages.common.runtime import UserError, run_stage, sync
+from stages.common.launch import STOPPED, launched, local_rank, rank
+from stages.common.runtime import UserError, run_stage, sync, whole_file
 from stages.common.seeds import hash_seed
 from stages.families.checkpoints import checkpoint_hash
 
 Row = dict[str, Any]
-RUNG = "checkpoint-"
-
-
-def saves(work: Path) -> list[Path]:
-    """Whole saves in a work folder, oldest first: the trainer writes trainer_state.json last."""
-    found = [path for path in work.glob(RUNG + "*") if (path / "trainer_state.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(RUNG)))
 
 
 def keyed(work: Path, schedule: list[Row], steps: int, identity: tuple[object, ...]) -> Path:
@@ -42,14 +39,23 @@ def keyed(work: Path, schedule: list[Row], steps: int, identity: tuple[object, .
     return work / f"{steps}-{hash_seed(*identity, rows):016x}"
 
 
-def inherited(work: Path, schedule: list[Row], identity: tuple[object, ...]) -> list[Path]:
-    """The parent's saves, if its schedule is the beginning of this one."""
+def beginnings(work: Path, schedule: list[Row], identity: tuple[object, ...]) -> list[Path]:
+    """The folders in `work` of trainings whose schedule is this one, or its beginning."""
     counts = {int(path.name.split("-")[0]) for path in work.glob("*-*") if path.is_dir()}
-    return [save for count in sorted(counts) for save in saves(keyed(work, schedule, count, identity))]
+    return [keyed(work, schedule, count, identity) for count in sorted(counts)]
 
 
-def training_rows(family: Any, schedule: list[Row], prompts: dict[str, Row], known: dict[str, Row], dpo: bool) -> Any:
-    """The schedule as a `datasets.Dataset` of ids, row for row."""
+def discard(work: Path, *kept: Path) -> None:
+    """Delete the saves of other trainings."""
+    for stale in work.glob("*-*"):
+        if stale not in kept:
+            shutil.rmtree(stale)
+
+
+def training_rows(
+    family: Any, schedule: list[Row], prompts: dict[str, Row], known: dict[str, Row], dpo: bool, anchors: int
+) -> Any:
+    """The schedule as a `datasets.Dataset` of ids, row for row; row i keeps judgement i modulo `anchors`, if there are any."""
     import numpy as np
     from datasets import Dataset
 
@@ -58,9 +64,13 @@ def training_rows(family: Any, schedule: list[Row], prompts: dict[str, Row], kno
         return family.training_rows(texts, np.array([known[row[side]]["tokens"] for row in schedule]))
 
     chosen = ids("chosen")
+    kept = [{"anchor": i % anchors} if anchors else {} for i in range(len(schedule))]
     if not dpo:
         return Dataset.from_list(
-            [{"input_ids": prompt + image, "labels": [-100] * len(prompt) + image} for prompt, image in chosen]
+            [
+                {"input_ids": prompt + image, "labels": [-100] * len(prompt) + image, **judgement}
+                for (prompt, image), judgement in zip(chosen, kept, strict=True)
+            ]
         )
     return Dataset.from_list(
         [
@@ -70,82 +80,39 @@ def training_rows(family: Any, schedule: list[Row], prompts: dict[str, Row], kno
                 "rejected_ids": other,
                 "ref_chosen_logps": row["reference_chosen"],
                 "ref_rejected_logps": row["reference_rejected"],
+                **judgement,
             }
-            for (prompt, image), (_, other), row in zip(chosen, ids("rejected"), schedule, strict=True)
+            for (prompt, image), (_, other), row, judgement in zip(chosen, ids("rejected"), schedule, kept, strict=True)
         ]
     )
 
 
-def freeze(model: Any, prefixes: tuple[str, ...]) -> int:
-    """Let only parameters with these prefixes train; returns how many numbers that are."""
-    count = 0
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(prefixes))
-        count += parameter.numel() if parameter.requires_grad else 0
-    return count
+def judgements(scores: list[Path], candidates: list[Path], seed: int) -> list[tuple[Path, Row, float]]:
+    """The base model's own p_yes on its own candidates, shuffled: (candidate manifest, candidate, p_yes)."""
+    found = {row["candidate_id"]: row["p_yes"] for row in manifests.read_rows(scores, "scores") if row["p_yes"] is not None}
+    rows = [
+        (path, row, found[row["candidate_id"]])
+        for path in candidates
+        for row in manifests.read_rows(path, "candidates", without=("tokens",), wanted=found)
+    ]
+    if not rows:
+        raise UserError("train.judge_anchor_weight: no judged candidate; give --scores of the base model's candidates")
+    return sorted(rows, key=lambda row: hash_seed("anchor", seed, row[1]["candidate_id"]))
 
 
-def make_trainer(view: Any, rows: Any, settings: Train, work: Path, steps: int, seed: int, dpo: bool) -> Any:
-    import torch
-    from torch.utils.data import SequentialSampler
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+def anchor_loss(
+    family: Any, anchors: list[tuple[Path, Row, float]], prompts: dict[str, Row], question: str
+) -> Callable[[Any, list[int]], Any]:
+    """From the trainer's model and the places of judgements to the cross-entropy to them."""
+    import numpy as np
 
-    cpu = view.model.device.type == "cpu"
-    shared: dict[str, Any] = {
-        "output_dir": str(work),
-        "max_steps": steps,
-        "per_device_train_batch_size": settings.micro_batch_size,
-        "gradient_accumulation_steps": settings.batch_size // settings.micro_batch_size,
-        "learning_rate": settings.learning_rate,
-        # The number of replayed rows is not known beforehand, so the rate must not depend on the total.
-        "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": settings.warmup_steps,
-        "weight_decay": settings.weight_decay,
-        "max_grad_norm": settings.max_grad_norm,
-        "save_steps": settings.save_every_steps,
-        "save_total_limit": 2,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,  # a broken loss must be seen
-        "report_to": [],
-        "seed": seed,
-        "data_seed": seed,
-        "use_cpu": cpu,
-        "bf16": view.model.dtype == torch.bfloat16,
-        "activation_checkpointing": False,
-        "max_length": None,
-        "dataloader_pin_memory": not cpu,
-        "disable_tqdm": not os.isatty(2),
-    }
+    def loss(model: Any, places: list[int]) -> Any:
+        chosen = [anchors[place] for place in places]
+        images = np.concatenate([shards.read_images(path, [row]) for path, row, _ in chosen])
+        questions = [question.replace("{prompt}", prompts[row["prompt_id"]]["prompt"]) for _, row, _ in chosen]
+        return family.judge_loss(model, images, questions, np.array([p_yes for _, _, p_yes in chosen]))
 
-    class InOrder:
-        """The order is the schedule's, not the sampler's."""
-
-        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)  # type: ignore[attr-defined]
-
-    if not dpo:
-
-        class InOrderSFT(InOrder, SFTTrainer):
-            pass
-
-        arguments = SFTConfig(**shared, dataset_kwargs={"skip_prepare_dataset": True})
-        return InOrderSFT(model=view.model, args=arguments, train_dataset=rows, processing_class=view.tokenizer)
-
-    class InOrderDPO(InOrder, DPOTrainer):
-        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
-            return dataset  # ids already
-
-        def _precompute_ref_logps(self, dataset: Any, *_: Any, **__: Any) -> Any:
-            return dataset  # computed by stages.reference
-
-    arguments = DPOConfig(
-        **shared,
-        beta=settings.beta,
-        loss_type=["sigmoid", "sft"] if settings.nll_weight else ["sigmoid"],
-        loss_weights=[1.0, settings.nll_weight] if settings.nll_weight else [1.0],
-        precompute_ref_log_probs=True,
-    )
-    return InOrderDPO(model=view.model, args=arguments, train_dataset=rows, processing_class=view.tokenizer)
+    return loss
 
 
 def place(folder: Path, out: Path) -> None:
@@ -159,14 +126,62 @@ def place(folder: Path, out: Path) -> None:
     folder.rmdir()
 
 
-def metrics_rows(history: list[dict[str, Any]]) -> list[Row]:
+def metrics_rows(history: list[dict[str, Any]], settings: Train) -> list[Row]:
     """The trainer's log as (step, metric, value) rows, without the counter that starts again where a training does."""
+    for entry in history:  # SFT's loss is the NLL and the anchor; DPO logs its NLL
+        entry.setdefault("nll", entry["loss"] - settings.judge_anchor_weight * entry.get("judge_anchor", 0.0))
     return [
         {"step": int(entry["step"]), "metric": name, "value": float(value)}
         for entry in history
         for name, value in sorted(entry.items())
         if name not in ("step", "epoch", "num_tokens")
     ]
+
+
+def plot(history: list[dict[str, Any]], out: Path) -> None:
+    """Loss, DPO's margin and learning rate by step, as PNG; equal trainings give equal files."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [name for name in ("loss", "rewards/margins", "learning_rate") if name in history[0]]
+    figure = Figure(figsize=(8, 2 * len(shown)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, name in zip(figure.subplots(len(shown), sharex=True), shown, strict=True):
+        axis.plot([entry["step"] for entry in history], [entry[name] for entry in history], linewidth=1)
+        axis.set_ylabel(name)
+    axis.set_xlabel("step")
+    with whole_file(out) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def card(config: Config, name: str, schedule: Path, steps: int, weights: str, modules: list[str], saved: Path) -> str:
+    """The checkpoint's README: what it is, and everything needed to train it again."""
+    import yaml
+
+    arm, epochs = config.arms[name], manifests.facts(schedule)["settings"].get("epochs")
+    packages = ("torch", "transformers", "trl", "accelerate", "peft", "deepspeed")
+    facts = {
+        "arm": name,
+        "epochs": epochs,
+        "optimizer steps": steps,
+        "base model": weights,
+        "schedule": manifests.content_hash(schedule),
+        "versions": {package: version(package) for package in packages},
+        "code": modules,
+        "config": config.model_dump(),
+    }
+    architecture = json.loads((saved / "config.json").read_text())["architectures"][0]
+    return f"""# {config.run}, arm {name}
+
+{Path(config.model.checkpoint).name}, trained by {arm.objective.upper()} for {epochs} epochs on its own images, chosen by its own
+judgement. Loads with `transformers.{architecture}.from_pretrained`.
+
+To train it again, give `config` below as `--configfile` to the sources below. Base model, schedule and sources are told by a
+hash of their content.
+
+```yaml
+{yaml.safe_dump(facts, sort_keys=False, width=120)}```
+"""
 
 
 def main() -> None:
@@ -176,6 +191,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True, help="prompt manifest")
     parser.add_argument("--schedule", type=Path, required=True, help="schedule manifest, from the very first step")
     parser.add_argument("--candidates", type=Path, nargs="+", required=True, help="candidate manifests")
+    parser.add_argument("--scores", type=Path, nargs="*", default=[], help="of the base candidates, for the judge anchor")
     parser.add_argument("--continue", dest="parent", type=Path, help="work folder of the training this one goes on from")
     parser.add_argument("--work", type=Path, required=True, help="folder of the trainer's saves")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder")
@@ -199,48 +215,75 @@ def main() -> None:
     if lost:
         raise UserError(f"{arguments.schedule}: candidate {lost} is in none of the candidate manifests; give them all")
 
+    prompts = manifests.prompts_of(arguments.prompts, list(known.values()))
+    anchors = judgements(arguments.scores, arguments.candidates, config.seed) if settings.judge_anchor_weight else []
+    if settings.deepspeed:
+        launched(settings.gpus, settings.nodes)  # from here on in each of the processes
+
     import torch
 
+    from stages.common.trainer import SAVE, Stop, Watch, join, leave, make_trainer, require_layout, saves, whole_model
     from stages.families import open_family
 
+    stop = Stop()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    family = open_family(config.model, base)
+    model = config.model.model_copy(update={} if settings.precision == "auto" else {"dtype": settings.precision})
+    if torch.cuda.is_available() and local_rank() is not None:
+        torch.cuda.set_device(local_rank())
+        model = model.model_copy(update={"device": f"cuda:{local_rank()}"})
+    family = open_family(model, base)
     view = family.training_view()
     view.model.train()
-    count = freeze(view.model, view.groups[settings.trainable])
-    prompts = manifests.prompts_of(arguments.prompts, list(known.values()))
-    rows = training_rows(family, schedule, prompts, known, dpo)
-    fixed = settings.model_dump(exclude={"fork_epochs", "save_every_steps"})
-    identity = (arm.objective, fixed, config.seed, checkpoint_hash(base), code("stages.train", type(family).__module__))
+    if settings.deepspeed:
+        join(cpu=view.model.device.type == "cpu")
+    rows = training_rows(family, schedule, prompts, known, dpo, len(anchors))
+    weights, modules = checkpoint_hash(base), code("stages.train", type(family).__module__)
+    judged = [(row["candidate_id"], p_yes) for _, row, p_yes in anchors]
+    identity = (arm.objective, settings.outcome(), config.seed, weights, modules, *([judged] if judged else []))
     work = keyed(arguments.work, schedule, steps, identity)
-    for stale in arguments.work.glob("*-*"):
-        if stale != work:
-            shutil.rmtree(stale)
-    trainer = make_trainer(view, rows, settings, work, steps, config.seed, dpo)
-    start = next(reversed(saves(work) or (inherited(arguments.parent, schedule, identity) if arguments.parent else [])), None)
-    print(f"{steps} steps, {count:,} trainable numbers, from {start.name if start else 'the base model'}", flush=True)
+    places = [place for place in (arguments.parent, arguments.work) if place]
+    found = [save for place in places for folder in beginnings(place, schedule, identity) for save in saves(folder)]
+    start = max(found, key=lambda save: int(save.name.removeprefix(SAVE)), default=None)
+    if start:
+        require_layout(start, settings)
+    if rank() == 0:
+        discard(arguments.work, work, *([start.parent] if start else []))
+    length = sum(len(row.get("input_ids") or row["prompt_ids"] + row["chosen_ids"]) for row in rows) / len(rows)
+    watch = Watch(settings, stop, arguments.schedule, view.flops, length)
+    anchor = anchor_loss(family, anchors, prompts, config.score.question or family.question) if anchors else None
+    trainer = make_trainer(view, rows, settings, work, steps, config.seed, dpo, watch, anchor)
+    if rank() == 0:
+        count = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+        print(f"{steps} steps, {count:,} trainable numbers, from {start.name if start else 'the base model'}", flush=True)
     trainer.train(resume_from_checkpoint=str(start) if start else None)
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    broken = next((entry["step"] for entry in history if not math.isfinite(entry["loss"])), None)
-    if broken is not None:
-        shutil.rmtree(work)  # or the next run would continue from broken weights
-        raise UserError(f"{arguments.schedule}: the loss at step {broken} is not finite; lower train.learning_rate")
-    if not saves(work) or saves(work)[-1].name != f"{RUNG}{steps}":
+    if trainer.state.global_step < steps:
+        if rank() == 0:
+            print(f"stopped by a signal after step {trainer.state.global_step}, saved; run again to go on", file=sys.stderr)
+        sys.exit(STOPPED)
+    if not saves(work) or saves(work)[-1].name != f"{SAVE}{steps}":
         trainer._save_checkpoint(trainer.model, None)
-    view.model.eval()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
     finished = arguments.out.parent / f".{arguments.out.name}.tmp"
-    shutil.rmtree(finished, ignore_errors=True)
-    family.save(finished)
-    manifests.write(
-        arguments.metrics,
-        "training",
-        metrics_rows(history),
-        stage="stages.train",
-        settings=settings.model_dump(),
-        parents=[arguments.schedule],
-    )
-    place(finished, arguments.out)
-    print(json.dumps({"steps": steps, "last_loss": history[-1]["loss"]}))
+    with whole_model(trainer):
+        if rank() == 0:
+            shutil.rmtree(finished, ignore_errors=True)
+            family.save(finished)
+    if rank() == 0:
+        text = card(config, arguments.arm, arguments.schedule, steps, weights, modules, finished)
+        (finished / "README.md").write_text(text)
+        manifests.write(
+            arguments.metrics,
+            "training",
+            metrics_rows(history, settings),
+            stage="stages.train",
+            settings=settings.outcome(),
+            parents=[arguments.schedule],
+        )
+        plot(history, arguments.metrics.with_suffix(".png"))
+        place(finished, arguments.out)
+        discard(arguments.work, work)
+        print(json.dumps({"steps": steps, "last_loss": history[-1]["loss"]}))
+    leave()
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def nodes(config: Config) -> dict[str, Node]:
     by_key: dict[tuple, Node] = {}
     for name, arm in config.arms.items():
         settings = config.arm_train(name)
-        setup = (selection_owner(config, name), settings.model_dump_json(exclude={"fork_epochs", "save_every_steps"}))
+        setup = (selection_owner(config, name), repr(settings.outcome()))
         cuts = {epoch for epoch in settings.fork_epochs if epoch < arm.epochs}
         parent: Node | None = None
         key: tuple = setup

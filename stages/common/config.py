@@ -91,23 +91,63 @@ class Pairs(Section):
 
 
 class Train(Section):
-    trainable: Literal["llm"] = "llm"
+    trainable: Literal["llm", "llm+projector", "llm+projector+vision"] = "llm"
+    train_text: bool = Field(default=False, description="the text embedding and text head too")
+    lora_rank: Annotated[int, Field(ge=0)] = Field(default=0, description="LoRA on what is trainable; 0: train it whole")
+    lora_alpha: Positive = Field(default=32, description="LoRA's update is scaled by lora_alpha / lora_rank")
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     warmup_steps: Annotated[int, Field(ge=0)] = 10
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     batch_size: Positive = Field(default=32, description="global batch, rows an optimizer step")
-    micro_batch_size: Positive = Field(default=32, description="rows a forward pass")
+    micro_batch_size: Positive = Field(default=32, description="rows a forward pass of one process")
     beta: Annotated[float, Field(gt=0)] = Field(default=0.1, description="DPO")
+    dpo_loss: Literal["sigmoid", "hinge", "ipo"] = Field(default="sigmoid", description="DPO: sigmoid is the paper's")
     nll_weight: Annotated[float, Field(ge=0)] = Field(default=1.0, description="DPO: weight of the chosen image's NLL")
+    judge_anchor_weight: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="weight of the cross-entropy to the base model's own p_yes on its own candidates; 0: none"
+    )
     fork_epochs: list[Positive] = Field(default=[10], description="every arm's training may be forked here")
     save_every_steps: Positive = Field(default=200, description="a killed training goes on from the last save")
+    save_every_minutes: Annotated[float, Field(gt=0)] | None = Field(default=None, description="and at this interval")
+    gpus: Positive = Field(default=1, description="processes a node, one for each GPU (on a machine without: on the CPU)")
+    nodes: Positive = Field(default=1, description="in a SLURM allocation, or see docs/training.md")
+    zero_stage: Literal[0, 2, 3] = Field(
+        default=2, description="DeepSpeed, for several processes or offload: 2 shares out the optimizer, 3 the weights too"
+    )
+    offload: bool = Field(default=False, description="DeepSpeed: the optimizer, at zero_stage 3 the weights too, in CPU memory")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="forward and backward; auto: model.dtype; the optimizer's weights are float32 in any case"
+    )
+    gradient_checkpointing: bool = Field(default=False, description="less memory for a third more computing")
 
-    @model_validator(mode="after")
-    def _batches(self) -> Train:
-        if self.batch_size % self.micro_batch_size:
-            raise ValueError("batch_size must be a multiple of micro_batch_size")
-        return self
+    @property
+    def deepspeed(self) -> bool:
+        return self.gpus * self.nodes > 1 or self.offload
+
+    def accumulation(self) -> int:
+        """Forward passes of each process in an optimizer step; ValueError where the batch does not divide."""
+        processes = self.gpus * self.nodes
+        if self.batch_size % (self.micro_batch_size * processes) == 0:
+            return self.batch_size // (self.micro_batch_size * processes)
+        share, rest = divmod(self.batch_size, processes)
+        fits = next((size for size in range(min(share, self.micro_batch_size), 0, -1) if share % size == 0), 0)
+        remedy = f"set micro_batch_size to {fits}" if fits and not rest else f"set batch_size to a multiple of {processes}"
+        raise ValueError(
+            f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size} x gpus {self.gpus} "
+            f"x nodes {self.nodes}; {remedy}"
+        )
+
+    def outcome(self) -> dict[str, Any]:
+        """The settings on which the trained weights depend by more than rounding: not where training ends, is saved or
+        runs."""
+        return self.model_dump(exclude=set(WITHOUT_OUTCOME))
+
+
+WITHOUT_OUTCOME = (
+    *("fork_epochs", "save_every_steps", "save_every_minutes"),
+    *("gpus", "nodes", "zero_stage", "offload", "gradient_checkpointing"),
+)
 
 
 class Arm(Section):
@@ -170,9 +210,13 @@ class Config(Section):
         for name, arm in self.arms.items():
             if arm.candidates and arm.candidates > self.generate.candidates:
                 raise ValueError(f"arms.{name}.candidates is above generate.candidates ({self.generate.candidates})")
-            self.arm_train(name)
             if self.arm_pairs(name).filter == "oracle" and self.evaluate.judge == "none":
                 raise ValueError(f"arms.{name}.pairs.filter: oracle needs an external judge in evaluate.judge")
+        for key, train in [("train", self.train), *((f"arms.{name}.train", self.arm_train(name)) for name in self.arms)]:
+            try:
+                train.accumulation()
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
         return self
 
 

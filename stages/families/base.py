@@ -6,6 +6,7 @@ assumes autoregression, a codebook or a tokenizer's layout: masked and flow-matc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -45,12 +46,17 @@ class TrainingView:
 
     model: a module whose hidden states and output embedding give the image's logits (see facts on TRL's fused loss).
     tokenizer: a plain tokenizer, TRL's `processing_class`.
-    groups: parameter-name prefixes by group; `llm` is always there and is the default.
+    groups: parameter-name prefixes by group. `llm` is always there and is the default; `text` is the text embedding and
+        head; `projector` and `vision` lead into the LLM and out of it.
+    judge_only: prefixes that the image's loss does not reach, only the judge's.
+    flops: floating-point operations of one sequence of that many tokens, forward.
     """
 
     model: torch.nn.Module
     tokenizer: Any
     groups: dict[str, tuple[str, ...]]
+    judge_only: tuple[str, ...]
+    flops: Callable[[float], float]
 
 
 class Family(Protocol):
@@ -102,3 +108,8 @@ class Family(Protocol):
         ...
 
     def training_view(self) -> TrainingView: ...
+
+    def judge_loss(self, model: torch.nn.Module, images: np.ndarray, questions: list[str], p_yes: np.ndarray) -> torch.Tensor:
+        """Mean cross-entropy in nats, a scalar with gradient, of the answers to `questions` about `images` (as in `p_yes`)
+        against P(yes) targets, float `[n]`. `model` is `training_view().model` as the trainer has wrapped it."""
+        ...

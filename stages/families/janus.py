@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from transformers import JanusForConditionalGeneration, JanusProcessor
 from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
@@ -17,7 +18,8 @@ from stages.common.runtime import UserError
 from stages.common.seeds import uniforms
 from stages.families.base import Drawn, Sampling, TrainingView
 from stages.families.checkpoints import require_model_type
-from stages.families.janus_decode import cache_bytes, decode
+from stages.families.janus_decode import cache_bytes, decode, head_dim
+from stages.families.janus_training import JanusOverImages, looked_at
 from stages.families.memory import Memory
 
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
@@ -195,18 +197,19 @@ class Janus:
         picture = self.processor.replace_image_token({}, 0)
         return self.tokenizer.encode(f"{system}{USER}: {picture}\n{asked}\n\n{ASSISTANT}:{prefix}")
 
-    def _question_embeddings(
-        self, images: np.ndarray, questions: list[str], prefix: str = ""
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Right-padded embeddings `[n, s, d]` and the index of each row's last real token; causal, so no mask."""
+    def _padded_questions(self, questions: list[str], prefix: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+        """Right-padded ids `[n, s]` and the index of each row's last real token; attention is causal, so no mask."""
         rows = [self._question_ids(question, prefix) for question in questions]
         last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
         width = max(len(row) for row in rows)
-        ids = torch.tensor([row + [self.pad] * (width - len(row)) for row in rows], device=self.device)
-        features = self.model.model.get_image_features(self._pixels(images)).pooler_output
-        embeddings = self.model.get_input_embeddings()(ids)
-        mask = (ids == self.placeholder)[:, :, None].expand_as(embeddings)
-        return embeddings.masked_scatter(mask, features.to(embeddings.dtype)), last
+        return torch.tensor([row + [self.pad] * (width - len(row)) for row in rows], device=self.device), last
+
+    def _question_embeddings(
+        self, images: np.ndarray, questions: list[str], prefix: str = ""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings `[n, s, d]` and the index of each row's last real token."""
+        ids, last = self._padded_questions(questions, prefix)
+        return looked_at(self.model, self._pixels(images), ids), last
 
     @torch.no_grad()
     def p_yes(self, images: np.ndarray, questions: list[str], prefix: str = "") -> tuple[np.ndarray, np.ndarray]:
@@ -251,10 +254,29 @@ class Janus:
         ]
 
     def training_view(self) -> TrainingView:
-        from stages.families.janus_training import JanusOverImages
+        aligner, vision, head = "janus.model.aligner.", "janus.model.vision_model.", "janus.lm_head."
+        groups = {
+            "llm": ("janus.model.language_model.layers.", "janus.model.language_model.norm."),
+            "text": ("janus.model.language_model.embed_tokens.", head),
+            "projector": ("janus.model.generation_aligner.", aligner),
+            "vision": (vision,),
+        }
+        return TrainingView(JanusOverImages(self.model), self.tokenizer, groups, (aligner, vision, head), self._flops)
 
-        return TrainingView(
-            JanusOverImages(self.model),
-            self.tokenizer,
-            {"llm": ("janus.model.language_model.layers.", "janus.model.language_model.norm.")},
-        )
+    def _flops(self, tokens: float) -> float:
+        """Matrices of the LLM's layers and the image head, and causal attention."""
+        llm = self.model.model.language_model
+        matrices = [
+            parameter.numel() for module in (llm.layers, self.model.model.generation_head) for parameter in module.parameters()
+        ]
+        attention = 2 * tokens * llm.config.num_attention_heads * head_dim(llm.config) * llm.config.num_hidden_layers
+        return tokens * (2 * sum(matrices) + attention)
+
+    def judge_loss(
+        self, model: torch.nn.Module, images: np.ndarray, questions: list[str], p_yes: np.ndarray, prefix: str = ""
+    ) -> torch.Tensor:
+        ids, last = self._padded_questions(questions, prefix)
+        logits = model(pixels=self._pixels(images), question_ids=ids, last=last).logits.float()
+        log_yes, log_no = logits[:, self.yes].logsumexp(1), logits[:, self.no].logsumexp(1)
+        target = torch.as_tensor(p_yes, dtype=logits.dtype, device=logits.device)
+        return F.binary_cross_entropy_with_logits(log_yes - log_no, target)

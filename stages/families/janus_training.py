@@ -48,6 +48,30 @@ class JanusOverImages(PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.janus.model.generation_head.vision_head
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: object):
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixels: torch.Tensor | None = None,
+        question_ids: torch.Tensor | None = None,
+        last: torch.Tensor | None = None,
+        **_: object,
+    ):
+        """Logits over the image codes `[n, s, K]`; or, given a question about a picture, over the text after it: `pixels`
+        `[n, 3, h, w]`, `question_ids` `[n, q]` of the text vocabulary, index `last` `[n]`; logits `[n, text vocabulary]`."""
+        if pixels is not None:
+            embeddings = looked_at(self.janus, pixels, question_ids)
+            hidden = self.janus.model.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+            return CausalLMOutputWithPast(
+                logits=self.janus.lm_head(hidden[torch.arange(len(hidden), device=hidden.device), last])
+            )
         hidden = self._hidden(input_ids, attention_mask).last_hidden_state
         return CausalLMOutputWithPast(logits=self.get_output_embeddings()(hidden))
+
+
+def looked_at(janus: JanusForConditionalGeneration, pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Embeddings `[n, s, d]` of text `[n, s]` with the pictures `[n, 3, h, w]` in their places."""
+    features = janus.model.get_image_features(pixels).pooler_output
+    embeddings = janus.get_input_embeddings()(ids)
+    mask = (ids == janus.config.image_token_id)[:, :, None].expand_as(embeddings)
+    return embeddings.masked_scatter(mask, features.to(embeddings.dtype))

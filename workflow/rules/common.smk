@@ -149,8 +149,7 @@ def waiting_pools():
 def training(node):
     """Exactly the settings that a node's training reads."""
     arm = NODES[node].arm
-    chosen = settings.arm_train(arm).model_dump(exclude={"fork_epochs", "save_every_steps"})
-    return {"objective": settings.arms[arm].objective, "seed": settings.seed, **chosen}
+    return {"objective": settings.arms[arm].objective, "seed": settings.seed, **settings.arm_train(arm).outcome()}
 
 
 def pairs_name(node):
