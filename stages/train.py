@@ -27,29 +27,12 @@ from stages.common.code import code
 from stages.common.config import Config, Train, load
 from stages.common.launch import STOPPED, launched, local_rank, rank
 from stages.common.runtime import UserError, run_stage, sync, whole_file
+from stages.common.saves import discard, keyed, latest, require_layout, saves, step_of
 from stages.common.seeds import hash_seed
+from stages.families import FAMILIES, open_family
 from stages.families.checkpoints import checkpoint_hash
 
 Row = dict[str, Any]
-
-
-def keyed(work: Path, schedule: list[Row], steps: int, identity: tuple[object, ...]) -> Path:
-    """The folder in `work` for a training over the schedule's first `steps` steps: `<steps>-<hash>`."""
-    rows = [tuple(row.values()) for row in schedule if row["step"] < steps]
-    return work / f"{steps}-{hash_seed(*identity, rows):016x}"
-
-
-def beginnings(work: Path, schedule: list[Row], identity: tuple[object, ...]) -> list[Path]:
-    """The folders in `work` of trainings whose schedule is this one, or its beginning."""
-    counts = {int(path.name.split("-")[0]) for path in work.glob("*-*") if path.is_dir()}
-    return [keyed(work, schedule, count, identity) for count in sorted(counts)]
-
-
-def discard(work: Path, *kept: Path) -> None:
-    """Delete the saves of other trainings."""
-    for stale in work.glob("*-*"):
-        if stale not in kept:
-            shutil.rmtree(stale)
 
 
 def training_rows(
@@ -173,8 +156,8 @@ def card(config: Config, name: str, schedule: Path, steps: int, weights: str, mo
     architecture = json.loads((saved / "config.json").read_text())["architectures"][0]
     return f"""# {config.run}, arm {name}
 
-{Path(config.model.checkpoint).name}, trained by {arm.objective.upper()} for {epochs} epochs on its own images, chosen by its own
-judgement. Loads with `transformers.{architecture}.from_pretrained`.
+{Path(config.model.checkpoint).name}, trained by {arm.objective.upper()} for {epochs} epochs on images of its own that its own
+judgement chose. Loads with `transformers.{architecture}.from_pretrained`.
 
 To train it again, give `config` below as `--configfile` to the sources below. Base model, schedule and sources are told by a
 hash of their content.
@@ -217,13 +200,18 @@ def main() -> None:
 
     prompts = manifests.prompts_of(arguments.prompts, list(known.values()))
     anchors = judgements(arguments.scores, arguments.candidates, config.seed) if settings.judge_anchor_weight else []
+    weights, modules = checkpoint_hash(base), code("stages.train", FAMILIES[config.model.family][0])
+    judged = [(row["candidate_id"], p_yes) for _, row, p_yes in anchors]
+    identity = (arm.objective, settings.outcome(), config.seed, weights, modules, *([judged] if judged else []))
+    start = latest([*([arguments.parent] if arguments.parent else []), arguments.work], schedule, identity)
+    if start:
+        require_layout(start, settings)
     if settings.deepspeed:
         launched(settings.gpus, settings.nodes)  # from here on in each of the processes
 
     import torch
 
-    from stages.common.trainer import SAVE, Stop, Watch, join, leave, make_trainer, require_layout, saves, whole_model
-    from stages.families import open_family
+    from stages.common.trainer import Stop, Watch, join, leave, make_trainer, whole_model
 
     stop = Stop()
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -237,15 +225,7 @@ def main() -> None:
     if settings.deepspeed:
         join(cpu=view.model.device.type == "cpu")
     rows = training_rows(family, schedule, prompts, known, dpo, len(anchors))
-    weights, modules = checkpoint_hash(base), code("stages.train", type(family).__module__)
-    judged = [(row["candidate_id"], p_yes) for _, row, p_yes in anchors]
-    identity = (arm.objective, settings.outcome(), config.seed, weights, modules, *([judged] if judged else []))
     work = keyed(arguments.work, schedule, steps, identity)
-    places = [place for place in (arguments.parent, arguments.work) if place]
-    found = [save for place in places for folder in beginnings(place, schedule, identity) for save in saves(folder)]
-    start = max(found, key=lambda save: int(save.name.removeprefix(SAVE)), default=None)
-    if start:
-        require_layout(start, settings)
     if rank() == 0:
         discard(arguments.work, work, *([start.parent] if start else []))
     length = sum(len(row.get("input_ids") or row["prompt_ids"] + row["chosen_ids"]) for row in rows) / len(rows)
@@ -260,7 +240,7 @@ def main() -> None:
         if rank() == 0:
             print(f"stopped by a signal after step {trainer.state.global_step}, saved; run again to go on", file=sys.stderr)
         sys.exit(STOPPED)
-    if not saves(work) or saves(work)[-1].name != f"{SAVE}{steps}":
+    if steps not in map(step_of, saves(work)):
         trainer._save_checkpoint(trainer.model, None)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     finished = arguments.out.parent / f".{arguments.out.name}.tmp"

@@ -1,12 +1,17 @@
 """What tests share: the tiny model, a small configuration, and running a stage as a user would."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+
+from stages.common import manifests
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "models" / "tiny-janus"
@@ -72,6 +77,46 @@ def done(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     return result
 
 
+def _train(arguments: list[str], log: Path) -> None:
+    """A training in a process that has imported everything already; what it prints goes to `log`."""
+    import torch
+
+    from stages.common.runtime import run_stage
+    from stages.train import main
+
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    sys.argv = ["stages.train", *arguments]
+    try:
+        run_stage(main)
+    finally:
+        sys.stdout.flush()
+
+
+def training(*arguments: object, log: Path) -> multiprocessing.Process:
+    """`python -m stages.train <arguments>` as a process of its own, forked where torch and TRL are imported already: it can
+    be killed like any other, and costs a second where a fresh interpreter costs five."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.conftest", "stages.common.trainer", "stages.families.janus"])
+    log.unlink(missing_ok=True)
+    process = context.Process(target=_train, args=([str(argument) for argument in arguments], log))
+    process.start()
+    return process
+
+
+def wait_until(met: Callable[[], bool], process: multiprocessing.Process | subprocess.Popen, seconds: float = 240) -> bool:
+    """Wait for it while the process lives; whether it came."""
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends and not met():
+        if (process.poll() is not None) if isinstance(process, subprocess.Popen) else not process.is_alive():
+            return met()
+        time.sleep(0.005)
+    return met()
+
+
 def refused(result: subprocess.CompletedProcess, *words: str) -> None:
     """One clear message, no traceback, and an exit code that is not 0."""
     text = result.stdout + result.stderr
@@ -79,6 +124,36 @@ def refused(result: subprocess.CompletedProcess, *words: str) -> None:
     assert "Traceback" not in text, text
     for word in words:
         assert word in text, (word, text)
+
+
+def prepare(folder: Path, drawn: Path, objective: str, epochs: int, **train) -> tuple:
+    """Pairs (with reference) and a schedule for an arm called x; returns the arguments of train."""
+    config = write_config(folder, arms={"x": {"objective": objective, "epochs": epochs}}, train=train)
+    files = ("--candidates", drawn / "candidates.parquet")
+    pairs = folder / "pairs.parquet"
+    done("pairs", "--config", config, "--arm", "x", *files, "--scores", drawn / "scores.parquet", "--out", pairs,
+         "--discard", folder / "discard.parquet")  # fmt: skip
+    if objective == "dpo":
+        reference = folder / "reference.parquet"
+        done("reference", "--config", config, "--prompts", drawn / "prompts.parquet", "--pairs", pairs, *files,
+             "--out", reference)  # fmt: skip
+        pairs = reference
+    schedule = folder / "schedule.parquet"
+    done("schedule", "--config", config, "--arm", "x", "--epochs", epochs, "--pairs", pairs, "--out", schedule)
+    common = ("--config", config, "--arm", "x", "--prompts", drawn / "prompts.parquet", *files)
+    return (*common, "--schedule", schedule)
+
+
+def train(arguments, folder, *more, run=done):
+    return run("train", *arguments, "--work", folder / "work", "--out", folder / "checkpoint",
+               "--metrics", folder / "training.parquet", *more)  # fmt: skip
+
+
+def losses(folder) -> dict[str, list[float]]:
+    result: dict[str, list[float]] = {}
+    for row in manifests.read_rows(folder / "training.parquet", "training"):
+        result.setdefault(row["metric"], []).append(row["value"])
+    return result
 
 
 @pytest.fixture(scope="session")

@@ -8,37 +8,7 @@ from safetensors.torch import load_file
 
 from stages.common import manifests
 from stages.families.janus import Janus
-from tests.conftest import TINY, done, refused, stage, write_config
-
-
-def prepare(folder, drawn, objective: str, epochs: int, **train):
-    """Pairs (with reference) and a schedule for an arm called x; returns the arguments of train."""
-    config = write_config(folder, arms={"x": {"objective": objective, "epochs": epochs}}, train=train)
-    files = ("--candidates", drawn / "candidates.parquet")
-    pairs = folder / "pairs.parquet"
-    done("pairs", "--config", config, "--arm", "x", *files, "--scores", drawn / "scores.parquet", "--out", pairs,
-         "--discard", folder / "discard.parquet")  # fmt: skip
-    if objective == "dpo":
-        reference = folder / "reference.parquet"
-        done("reference", "--config", config, "--prompts", drawn / "prompts.parquet", "--pairs", pairs, *files,
-             "--out", reference)  # fmt: skip
-        pairs = reference
-    schedule = folder / "schedule.parquet"
-    done("schedule", "--config", config, "--arm", "x", "--epochs", epochs, "--pairs", pairs, "--out", schedule)
-    common = ("--config", config, "--arm", "x", "--prompts", drawn / "prompts.parquet", *files)
-    return (*common, "--schedule", schedule)
-
-
-def train(arguments, folder, *more, run=done):
-    return run("train", *arguments, "--work", folder / "work", "--out", folder / "checkpoint",
-               "--metrics", folder / "training.parquet", *more)  # fmt: skip
-
-
-def losses(folder) -> dict[str, list[float]]:
-    result: dict[str, list[float]] = {}
-    for row in manifests.read_rows(folder / "training.parquet", "training"):
-        result.setdefault(row["metric"], []).append(row["value"])
-    return result
+from tests.conftest import TINY, losses, prepare, refused, stage, train
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -24,8 +23,8 @@ from stages.common.config import Train
 from stages.common.devices import peak_flops
 from stages.common.launch import STOP_SIGNALS, rank
 from stages.common.runtime import UserError, sync
+from stages.common.saves import PREFIX, saves, write_layout
 
-SAVE = "checkpoint-"
 KEPT = 2  # saves; the older one is for a save that a failing disk has spoilt
 FIRST_LOSS = {"sigmoid": lambda beta: math.log(2), "hinge": lambda beta: 1.0, "ipo": lambda beta: (0.5 / beta) ** 2}
 
@@ -40,27 +39,6 @@ class Stop:
 
     def _want(self, *_: object) -> None:
         self.wanted = True
-
-
-def saves(work: Path) -> list[Path]:
-    """Whole saves in a training's folder, oldest first."""
-    return sorted(work.glob(SAVE + "*"), key=lambda path: int(path.name.removeprefix(SAVE)))
-
-
-def layout(settings: Train) -> dict[str, int]:
-    """How a save is cut up; another layout cannot read it."""
-    return {"processes": settings.gpus * settings.nodes, "zero_stage": settings.zero_stage if settings.deepspeed else 0}
-
-
-def require_layout(save: Path, settings: Train) -> None:
-    """UserError unless a save was written by as many processes and at the ZeRO stage of this training."""
-    then, now = json.loads((save / "layout.json").read_text()), layout(settings)
-    if then != now:
-        raise UserError(
-            f"{save}: saved by {then['processes']} processes at ZeRO stage {then['zero_stage']}, and now there are "
-            f"{now['processes']} at stage {now['zero_stage']}; set train.gpus, train.nodes and train.zero_stage as they were, "
-            f"or delete {save.parent} to start at the base model"
-        )
 
 
 def trained(view: Any, settings: Train) -> tuple[str, ...]:
@@ -200,7 +178,7 @@ class Whole:
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         work, unfinished = Path(self.args.output_dir), Path(self._get_output_dir())
-        name = f"{SAVE}{self.state.global_step}"
+        name = f"{PREFIX}{self.state.global_step}"
         if rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -214,7 +192,7 @@ class Whole:
             ) from None
         self.accelerator.wait_for_everyone()
         if rank() == 0:
-            (unfinished / name / "layout.json").write_text(json.dumps(layout(self.settings)))
+            write_layout(unfinished / name, self.settings)
             for path in unfinished.rglob("*"):
                 sync(path)
             shutil.rmtree(work / name, ignore_errors=True)

@@ -175,6 +175,12 @@ def training_candidates(wildcards):
     return shard_files("base", "candidates", "train") + replayed
 
 
+def anchor_scores(wildcards):
+    """The base model's own judgement of its own candidates, for arms that hold on to it."""
+    anchored = settings.arm_train(NODES[wildcards.node].arm).judge_anchor_weight
+    return shard_files("base", "scores", "train") if anchored else []
+
+
 def reference_candidates(wildcards):
     """Wildcard owner: an arm, or <node>/replay."""
     owner = Path(wildcards.owner)

@@ -78,11 +78,13 @@ rule train:
         prompts=f"{RUN}/prompts/train.parquet",
         schedule=f"{RUN}/{{node}}/schedule.parquet",
         candidates=training_candidates,
+        scores=anchor_scores,
         base=checkpoint_files("base"),
         parent=parent_checkpoint,
     output:
         checkpoint=f"{RUN}/{{node}}/checkpoint/model.safetensors",
         metrics=f"{RUN}/{{node}}/training.parquet",
+        plot=f"{RUN}/{{node}}/training.png",
     log:
         f"{RUN}/logs/train/{{node}}.log",
     benchmark:
@@ -104,14 +106,16 @@ rule train:
     message:
         "Training: {wildcards.node}"
     shell:
+        "trap '' TERM USR1; "
         "python -m stages.train"
         " --config {params.config:q}"
         " --arm {params.arm}"
         " --prompts {input.prompts:q}"
         " --schedule {input.schedule:q}"
         " --candidates {input.candidates:q}"
+        " --scores {input.scores:q}"
         " {params.parent}"
         " --work {params.work:q}"
         " --out {params.out:q}"
         " --metrics {output.metrics:q}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | tee {log:q}"  # the training saves and ends when it is told to stop; shell and tee live as long as it does
