@@ -146,7 +146,7 @@ class Train(Section):
 
 WITHOUT_OUTCOME = (
     *("fork_epochs", "save_every_steps", "save_every_minutes"),
-    *("gpus", "nodes", "zero_stage", "offload", "gradient_checkpointing"),
+    *("micro_batch_size", "gpus", "nodes", "zero_stage", "offload", "gradient_checkpointing"),
 )
 
 
