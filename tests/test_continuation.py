@@ -11,7 +11,7 @@ import time
 import pytest
 import yaml
 
-from tests.conftest import ROOT, environment, merged, prepare, refused, stage, training, wait_until
+from tests.conftest import ROOT, environment, losses, merged, prepare, refused, stage, training, wait_until
 
 STEPS = 24
 
@@ -109,6 +109,15 @@ def test_another_global_batch_starts_at_the_base_model(whole, drawn, tmp_path):
     stopped(arguments, tmp_path, 4, signal.SIGTERM)
     other = prepare(tmp_path / "other", drawn, "sft", 1, batch_size=4, micro_batch_size=4)
     assert "from the base model" in finished(other, tmp_path)
+
+
+def test_another_micro_batch_goes_on(whole, drawn, tmp_path):
+    arguments, folder = whole
+    stopped(arguments, tmp_path, 4, signal.SIGTERM)
+    config = tmp_path / "config.yaml"
+    config.write_text((folder / "config.yaml").read_text().replace("micro_batch_size: 8", "micro_batch_size: 2"))
+    assert "from checkpoint-" in finished(("--config", config, *arguments[2:]), tmp_path)
+    assert losses(tmp_path)["loss"] == pytest.approx(losses(folder)["loss"], abs=1e-4)
 
 
 def test_saves_at_a_time_interval(whole, tmp_path):

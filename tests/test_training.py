@@ -1,14 +1,20 @@
 """Training: what changes, what does not, and that a continued segment is the uninterrupted one to the bit."""
 
+import copy
 import math
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
-from stages.common import manifests
+from stages.common import manifests, shards
+from stages.common.config import Train, load, validate
+from stages.families.checkpoints import checkpoint_hash
 from stages.families.janus import Janus
-from tests.conftest import TINY, losses, prepare, refused, stage, train
+from tests.conftest import SMALL, TINY, losses, prepare, refused, stage, train, training
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
@@ -36,43 +42,219 @@ def test_saves_of_other_settings_are_never_continued(drawn, tmp_path):
     assert "from the base model" in result.stdout
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo"])
-def test_only_the_llm_layers_change(objective, drawn, tmp_path):
-    train(prepare(tmp_path, drawn, objective, 1), tmp_path)
-    before, after = load_file(TINY / "model.safetensors"), load_file(tmp_path / "checkpoint/model.safetensors")
+LLM = ("model.language_model.layers.", "model.language_model.norm.")
+TEXT = ("model.language_model.embed_tokens.",)
+HEAD, JUDGING = ("lm_head.",), ("model.aligner.", "model.vision_model.")
+# What is set, the objective, and the prefixes of what must change; all else must not. The image's loss does not reach what
+# only judges, so that trains under the judge anchor alone.
+TRAINABLE = [
+    ({}, "sft", LLM),
+    ({"weight_decay": 0.1}, "dpo", LLM),
+    ({"train_text": True}, "sft", (*LLM, *TEXT)),
+    ({"trainable": "llm+projector"}, "sft", (*LLM, "model.generation_aligner.")),
+    ({"trainable": "llm+projector+vision"}, "dpo", (*LLM, "model.generation_aligner.")),
+    (
+        {"trainable": "llm+projector+vision", "train_text": True, "judge_anchor_weight": 0.5, "weight_decay": 0.1},
+        "sft",
+        (*LLM, *TEXT, *HEAD, *JUDGING, "model.generation_aligner."),
+    ),
+    ({"precision": "bfloat16"}, "sft", LLM),
+    ({"gradient_checkpointing": True, "micro_batch_size": 4, "judge_anchor_weight": 0.5}, "dpo", LLM),
+]
+
+
+def child(arguments, folder, *more) -> str:
+    """A training in a forked process; what it printed."""
+    outputs = ("--work", folder / "work", "--out", folder / "checkpoint", "--metrics", folder / "training.parquet")
+    process = training(*arguments, *outputs, *more, log=folder / "log")
+    process.join()
+    assert process.exitcode == 0, (folder / "log").read_text()
+    return (folder / "log").read_text()
+
+
+def tensors(checkpoint) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "model.safetensors")
+
+
+@pytest.mark.parametrize(("settings", "objective", "prefixes"), TRAINABLE, ids=[str(row[0]) for row in TRAINABLE])
+def test_what_is_trainable_changes_and_nothing_else_does(settings, objective, prefixes, drawn, tmp_path):
+    child(prepare(tmp_path, drawn, objective, 1, **settings), tmp_path, "--scores", drawn / "scores.parquet")
+    before, after = tensors(TINY), tensors(tmp_path / "checkpoint")
     assert before.keys() == after.keys()
+    if settings.get("precision") == "bfloat16":
+        assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+        before = {name: tensor.bfloat16() for name, tensor in before.items()}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    trained = {name for name in before if name.startswith(("model.language_model.layers.", "model.language_model.norm."))}
-    assert changed == trained
+    expected = {name for name in before if name.startswith(prefixes)}
+    if settings.get("precision") == "bfloat16":  # a norm's weight, near 1, moves by less than bfloat16 tells
+        expected = {name for name in expected if "norm" not in name}
+        changed = {name for name in changed if "norm" not in name}
+    assert changed == expected
     Janus.load(tmp_path / "checkpoint")
 
 
-def test_the_first_dpo_loss_is_ln_2_and_the_nll_is_our_own(drawn, tmp_path, tiny):
-    arguments = prepare(tmp_path, drawn, "dpo", 1)
-    train(arguments, tmp_path)
+def test_lora_trains_few_numbers_and_leaves_a_plain_checkpoint(drawn, tmp_path):
+    text = child(prepare(tmp_path, drawn, "dpo", 1, lora_rank=2), tmp_path)
+    before, after = tensors(TINY), tensors(tmp_path / "checkpoint")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.startswith(LLM[0]) and "_proj." in name}
+    sizes = [sum(before[name].shape) * 2 for name in changed]
+    assert f"{sum(sizes):,} trainable numbers" in text
+    for name in changed:
+        assert torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3) <= 2
+
+
+# An independent reference: plain transformers, full logits, the formulas as the papers write them.
+
+
+def log_probability(model, prompt: str, codes: list[int], family) -> torch.Tensor:
+    """log p(codes | prompt), from the logits of every position."""
+    ids = torch.tensor([family._prompt_ids(prompt)])
+    image = model.prepare_embeddings_for_image_generation(torch.tensor([codes]))
+    inputs = torch.cat([model.get_input_embeddings()(ids), image], 1)
+    hidden = model.model.language_model(inputs_embeds=inputs).last_hidden_state
+    logits = model.model.generation_head(hidden[0, ids.shape[1] - 1 : -1])
+    return sum(torch.log_softmax(row.double(), -1)[code] for row, code in zip(logits, codes, strict=True))
+
+
+@torch.no_grad()
+def expected_losses(model, base, family, rows, candidates, prompts, beta: float, nll_weight: float) -> tuple[float, float]:
+    """Of the rows of a step: SFT's loss, DPO's with the NLL of the chosen."""
+    sft, dpo = [], []
+    for row in rows:
+        sides = [(prompts[row["prompt_id"]], candidates[row[side]]["tokens"]) for side in ("chosen", "rejected") if row[side]]
+        now = [log_probability(model, *side, family) for side in sides]
+        then = [log_probability(base, *side, family) for side in sides]
+        sft.append(-now[0] / len(sides[0][1]))
+        if len(sides) == 2:
+            margin = (now[0] - then[0]) - (now[1] - then[1])
+            dpo.append(torch.log(1 + torch.exp(-beta * margin)) + nll_weight * sft[-1])
+    return float(sum(sft) / len(sft)), float(sum(dpo) / len(dpo)) if dpo else math.nan
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_losses_equal_an_independent_reference(objective, drawn, tmp_path, tiny):
+    beta, weight = 0.3, 0.7
+    settings = {"save_every_steps": 1, "beta": beta, "nll_weight": weight, "micro_batch_size": 4}
+    child(prepare(tmp_path, drawn, objective, 1, **settings), tmp_path)
+    candidates = {row["candidate_id"]: row for row in manifests.read_rows(drawn / "candidates.parquet", "candidates")}
+    prompts = {row["prompt_id"]: row["prompt"] for row in manifests.read_rows(drawn / "prompts.parquet", "prompts")}
     schedule = manifests.read_rows(tmp_path / "schedule.parquet", "schedule")
-    known = {row["candidate_id"]: row for row in manifests.read_rows(drawn / "candidates.parquet", "candidates")}
+    steps = schedule[-1]["step"] + 1
+    assert steps >= 2
+    model = copy.deepcopy(tiny.model)
+    save = next(tmp_path.glob(f"work/*/checkpoint-{steps - 1}"))  # the weights with which the last step began
+    model.load_state_dict({name.removeprefix("janus."): value for name, value in tensors(save).items()})
+    for step, weights in ((0, tiny.model), (steps - 1, model)):
+        rows = [row for row in schedule if row["step"] == step]
+        sft, dpo = expected_losses(weights, tiny.model, tiny, rows, candidates, prompts, beta, weight)
+        assert losses(tmp_path)["loss"][step] == pytest.approx(sft if objective == "sft" else dpo, abs=1e-5)
+        assert losses(tmp_path)["nll"][step] == pytest.approx(sft, abs=1e-5)
+    if objective == "dpo":
+        assert losses(tmp_path)["loss"][0] - weight * losses(tmp_path)["nll"][0] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_trls_fused_log_probabilities_are_our_own(drawn, tiny):
+    from trl.trainer.utils import add_fused_lm_head
+
+    rows = manifests.read_rows(drawn / "candidates.parquet", "candidates")[:12]
     prompts = {row["prompt_id"]: row["prompt"] for row in manifests.read_rows(drawn / "prompts.parquet", "prompts")}
-    first = [row for row in schedule if row["step"] == 0]
-    import numpy as np
+    texts, tokens = [prompts[row["prompt_id"]] for row in rows], np.array([row["tokens"] for row in rows])
+    model = tiny.training_view().model
+    add_fused_lm_head(model)
+    for (prompt, image), own in zip(tiny.training_rows(texts, tokens), tiny.image_log_likelihood(texts, tokens), strict=True):
+        ids, labels = torch.tensor([prompt + image]), torch.tensor([[-100] * len(prompt) + image])
+        with torch.no_grad():
+            fused = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
+        assert fused.double().sum().item() == pytest.approx(own, abs=1e-5)
 
-    tokens = np.array([known[row["chosen"]]["tokens"] for row in first])
-    own = -tiny.image_log_likelihood([prompts[row["prompt_id"]] for row in first], tokens) / tiny.image_length
-    assert losses(tmp_path)["loss"][0] == pytest.approx(math.log(2) + own.mean(), abs=2e-3)
-    assert losses(tmp_path)["rewards/margins"][0] == pytest.approx(0, abs=1e-3)
+
+def test_references_of_another_model_fail_the_first_step(drawn, tmp_path):
+    arguments = prepare(tmp_path, drawn, "dpo", 1)
+    rows = manifests.read_rows(tmp_path / "schedule.parquet", "schedule")
+    rows = [row | {"reference_chosen": row["reference_chosen"] + 0.5} for row in rows]
+    manifests.write(tmp_path / "schedule.parquet", "schedule", rows, stage="stages.schedule")
+    refused(train(arguments, tmp_path, run=stage), "the first sigmoid loss", "0.6931", "ln 2", "not the base model's")
+    assert not list(tmp_path.glob("work/*/checkpoint-*"))
 
 
-def test_the_first_sft_loss_is_our_own_negative_log_likelihood(drawn, tmp_path, tiny):
-    import numpy as np
+@pytest.mark.parametrize(("loss", "first"), [("hinge", 1.0), ("ipo", 6.25)])
+def test_other_preference_losses_begin_at_their_own_value(loss, first, drawn, tmp_path):
+    child(prepare(tmp_path, drawn, "dpo", 1, dpo_loss=loss, beta=0.2, nll_weight=0.0), tmp_path)
+    assert losses(tmp_path)["loss"][0] == pytest.approx(first, abs=1e-3)
 
-    arguments = prepare(tmp_path, drawn, "sft", 1)
-    train(arguments, tmp_path)
-    known = {row["candidate_id"]: row for row in manifests.read_rows(drawn / "candidates.parquet", "candidates")}
+
+def test_metrics_of_every_step(drawn, tmp_path):
+    child(prepare(tmp_path, drawn, "dpo", 1), tmp_path)
+    names = {"logps/chosen", "logps/rejected", "rewards/margins", "rewards/accuracies", "nll", "grad_norm", "learning_rate"}
+    found = losses(tmp_path)
+    assert names <= found.keys()
+    assert len({len(values) for values in found.values()}) == 1
+    assert not any("second" in name or "time" in name for name in found)
+    assert "tokens/s" in (tmp_path / "log").read_text()
+    assert Image.open(tmp_path / "training.png").width > 400
+
+
+def test_the_card_says_what_is_needed_to_train_it_again(drawn, tmp_path):
+    child(prepare(tmp_path, drawn, "sft", 1), tmp_path)
+    text = (tmp_path / "checkpoint/README.md").read_text()
+    facts = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
+    assert validate(facts["config"]) == load(tmp_path / "config.yaml")
+    assert facts["schedule"] == manifests.content_hash(tmp_path / "schedule.parquet")
+    assert facts["base model"] == checkpoint_hash(TINY)
+    assert facts["versions"]["torch"] == torch.__version__
+    assert {name.split("@")[0] for name in facts["code"]} >= {"stages/train.py", "stages/common/trainer.py"}
+
+
+# The judge anchor
+
+
+def judged(drawn):
+    rows = manifests.read_rows(drawn / "candidates.parquet", "candidates")
+    scores = {row["candidate_id"]: row["p_yes"] for row in manifests.read_rows(drawn / "scores.parquet", "scores")}
     prompts = {row["prompt_id"]: row["prompt"] for row in manifests.read_rows(drawn / "prompts.parquet", "prompts")}
-    first = [row for row in manifests.read_rows(tmp_path / "schedule.parquet", "schedule") if row["step"] == 0]
-    tokens = np.array([known[row["chosen"]]["tokens"] for row in first])
-    own = -tiny.image_log_likelihood([prompts[row["prompt_id"]] for row in first], tokens) / tiny.image_length
-    assert losses(tmp_path)["loss"][0] == pytest.approx(own.mean(), abs=1e-3)
+    questions = [SMALL["score"]["question"].replace("{prompt}", prompts[row["prompt_id"]]) for row in rows]
+    return (
+        shards.read_images(drawn / "candidates.parquet", rows),
+        questions,
+        np.array([scores[row["candidate_id"]] for row in rows]),
+    )
+
+
+def test_the_judge_loss_is_the_cross_entropy_of_p_yes(drawn, tiny):
+    images, questions, _ = judged(drawn)
+    target = np.linspace(0, 1, len(questions))
+    found, _ = tiny.p_yes(images, questions)
+    expected = -(target * np.log(found) + (1 - target) * np.log(1 - found)).mean()
+    loss = tiny.judge_loss(tiny.training_view().model, images, questions, target)
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_anchored_judge_forgets_less(drawn, tmp_path):
+    images, questions, before = judged(drawn)
+    drift = {}
+    for weight in (0.0, 1.0):
+        folder = tmp_path / str(weight)
+        hard = {"learning_rate": 3e-3, "warmup_steps": 10, "save_every_steps": 1000}  # enough to ruin a judge
+        arguments = prepare(folder, drawn, "sft", 30, judge_anchor_weight=weight, **hard)
+        child(arguments, folder, "--scores", drawn / "scores.parquet")
+        after, _ = Janus.load(folder / "checkpoint").p_yes(images, questions)
+        drift[weight] = np.abs(after - before).mean()
+    assert drift[1.0] < 0.7 * drift[0.0], drift
+    assert "judge_anchor" in losses(tmp_path / "1.0")
+    assert "judge_anchor" not in losses(tmp_path / "0.0")
+
+
+def test_an_anchor_without_scores_is_refused(drawn, tmp_path):
+    refused(train(prepare(tmp_path, drawn, "sft", 1, judge_anchor_weight=0.5), tmp_path, run=stage), "judge_anchor", "--scores")
+
+
+def test_accumulation_follows_from_batch_micro_batch_and_processes():
+    assert Train(batch_size=32, micro_batch_size=2, gpus=4, nodes=2).accumulation() == 2
+    for settings, remedy in (({"gpus": 4}, "set micro_batch_size to 8"), ({"gpus": 3}, "set batch_size to a multiple of 3")):
+        with pytest.raises(ValueError, match=remedy):
+            Train(batch_size=32, micro_batch_size=32, **settings).accumulation()
 
 
 def test_a_foreign_reference_is_refused(drawn, tmp_path):
