@@ -33,7 +33,7 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt Snakefile workflow
 
-# The default run and two controls at five seeds: docs/study.csv and docs/study.png.
+# The default run, two controls and an anchored judge at five seeds: docs/study.csv and docs/study.png.
 SEEDS := 0 1 2 3 4
 study: setup
 	for seed in $(SEEDS); do PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) \

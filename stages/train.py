@@ -24,7 +24,7 @@ from typing import Any
 
 from stages.common import manifests, shards
 from stages.common.code import code
-from stages.common.config import Config, Train, load
+from stages.common.config import Config, Score, Train, load
 from stages.common.launch import STOPPED, launched, local_rank, rank
 from stages.common.runtime import UserError, run_stage, sync, whole_file
 from stages.common.saves import discard, keyed, latest, require_layout, saves, step_of
@@ -84,16 +84,18 @@ def judgements(scores: list[Path], candidates: list[Path], seed: int) -> list[tu
 
 
 def anchor_loss(
-    family: Any, anchors: list[tuple[Path, Row, float]], prompts: dict[str, Row], question: str
+    family: Any, anchors: list[tuple[Path, Row, float]], prompts: dict[str, Row], score: Score
 ) -> Callable[[Any, list[int]], Any]:
-    """From the trainer's model and the places of judgements to the cross-entropy to them."""
+    """From the trainer's model and the places of judgements to the cross-entropy to them, asked as stages.score asked."""
     import numpy as np
+
+    template, prefix = score.question or family.question, score.answer_prefix if score.question else family.answer_prefix
 
     def loss(model: Any, places: list[int]) -> Any:
         chosen = [anchors[place] for place in places]
         images = np.concatenate([shards.read_images(path, [row]) for path, row, _ in chosen])
-        questions = [question.replace("{prompt}", prompts[row["prompt_id"]]["prompt"]) for _, row, _ in chosen]
-        return family.judge_loss(model, images, questions, np.array([p_yes for _, _, p_yes in chosen]))
+        questions = [template.replace("{prompt}", prompts[row["prompt_id"]]["prompt"]) for _, row, _ in chosen]
+        return family.judge_loss(model, images, questions, np.array([p_yes for _, _, p_yes in chosen]), prefix)
 
     return loss
 
@@ -230,7 +232,7 @@ def main() -> None:
         discard(arguments.work, work, *([start.parent] if start else []))
     length = sum(len(row.get("input_ids") or row["prompt_ids"] + row["chosen_ids"]) for row in rows) / len(rows)
     watch = Watch(settings, stop, arguments.schedule, view.flops, length)
-    anchor = anchor_loss(family, anchors, prompts, config.score.question or family.question) if anchors else None
+    anchor = anchor_loss(family, anchors, prompts, config.score) if anchors else None
     trainer = make_trainer(view, rows, settings, work, steps, config.seed, dpo, watch, anchor)
     if rank() == 0:
         count = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)

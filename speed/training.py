@@ -1,0 +1,164 @@
+"""How fast the LLM trains (SFT), beside a plain transformers Trainer on the same weights and data in the same run.
+
+    python -m speed.training --config janus-100m --prompts 4 --candidates 2 --out speed/results/training-100m.json
+
+trl                     this project's trainer: TRL's fused head, DeepSpeed where --gpus is above 1 or --offload is given
+transformers-trainer    transformers' Trainer and full logits; one GPU only
+
+A sample is a prompt and its image; prompts x candidates samples make an optimizer step. "images" in the table are samples,
+and the floor is the device's dense bfloat16 peak: its fraction is the fraction of peak FLOPs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from speed import cost
+from speed.bench import device_name, parser, report
+from speed.generation import sample_prompts
+from speed.models import open_model
+from stages.common.config import Train
+from stages.common.launch import launched, local_rank, rank
+from stages.common.trainer import Stop, Watch, join, leave, make_trainer, trained
+from stages.families.base import TrainingView
+from stages.families.janus import Janus
+
+WARM = 1  # optimizer steps before the clock starts
+
+
+class Clock(TrainerCallback):
+    """Seconds from the end of the warm-up to the end of the last step."""
+
+    start = seconds = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self.start
+        if state.global_step == WARM:
+            self.start = time.perf_counter()
+
+
+def samples(family: Janus, prompts: int, count: int) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, image ids) of `count` samples: random codes after prompts of many lengths."""
+    texts = sample_prompts(prompts)
+    codes = np.random.default_rng(0).integers(0, family.model.config.vq_config.num_embeddings, (count, family.image_length))
+    return family.training_rows([texts[i % prompts] for i in range(count)], codes)
+
+
+def trl(view: TrainingView, data: list[tuple[list[int], list[int]]], settings: Train, steps: int, work: Path) -> Any:
+    rows = Dataset.from_list([{"input_ids": prompt + image, "labels": [-100] * len(prompt) + image} for prompt, image in data])
+    length = sum(len(prompt) + len(image) for prompt, image in data) / len(data)
+    watch = Watch(settings, Stop(), work, view.flops, length)
+    trainer = make_trainer(view, rows, settings, work, steps, 0, False, watch, None)
+    trainer.args.save_strategy = SaveStrategy.NO
+    return trainer
+
+
+def transformers(view: TrainingView, data: list[tuple[list[int], list[int]]], settings: Train, steps: int, work: Path) -> Any:
+    width = max(len(prompt) + len(image) for prompt, image in data)
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        rows = [(row["prompt"] + row["image"], [-100] * len(row["prompt"]) + row["image"]) for row in batch]
+        ids = [ids + [0] * (width - len(ids)) for ids, _ in rows]
+        labels = [labels + [-100] * (width - len(labels)) for _, labels in rows]
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        logits = outputs.logits[:, :-1].flatten(0, 1).float()
+        total = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+        return total / num_items_in_batch
+
+    prefixes = trained(view, settings)
+    for name, parameter in view.model.named_parameters():
+        parameter.requires_grad_(name.startswith(prefixes))
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    cpu = view.model.device.type == "cpu"
+    arguments = TrainingArguments(
+        output_dir=str(work), max_steps=steps, per_device_train_batch_size=settings.micro_batch_size,
+        gradient_accumulation_steps=settings.accumulation(), learning_rate=settings.learning_rate, save_strategy="no",
+        logging_steps=1, report_to=[], use_cpu=cpu, bf16=view.model.dtype == torch.bfloat16, remove_unused_columns=False,
+        activation_checkpointing=settings.gradient_checkpointing, dataloader_pin_memory=not cpu, disable_tqdm=True,
+    )  # fmt: skip
+    rows = Dataset.from_list([{"prompt": prompt, "image": image} for prompt, image in data])
+    return Trainer(model=view.model, args=arguments, train_dataset=rows, data_collator=collate, compute_loss_func=loss)
+
+
+WAYS = {"trl": trl, "transformers-trainer": transformers}
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--steps", type=int, default=3, help="optimizer steps on the clock")
+    options.add_argument("--micro-batch-size", type=int, help="default: a process's whole share")
+    options.add_argument("--lora-rank", type=int, default=0)
+    options.add_argument("--gradient-checkpointing", action="store_true")
+    options.add_argument("--gpus", type=int, default=1)
+    options.add_argument("--zero-stage", type=int, default=2)
+    options.add_argument("--offload", action="store_true")
+    arguments = options.parse_args()
+    arguments.dtype = arguments.dtype or ("bfloat16" if arguments.device.startswith("cuda") else "float32")
+    batch = arguments.prompts * arguments.candidates
+    settings = Train(
+        batch_size=batch,
+        micro_batch_size=arguments.micro_batch_size or batch // arguments.gpus,
+        lora_rank=arguments.lora_rank,
+        gradient_checkpointing=arguments.gradient_checkpointing,
+        gpus=arguments.gpus,
+        zero_stage=arguments.zero_stage,
+        offload=arguments.offload,
+    )
+    if settings.deepspeed:
+        launched(settings.gpus, settings.nodes)
+        join(cpu=arguments.device == "cpu")
+        if arguments.device != "cpu":
+            torch.cuda.set_device(local_rank() or 0)
+    steps = WARM + arguments.steps
+    results: list[dict[str, Any]] = []
+    for name, way in WAYS.items():
+        if (arguments.only and name not in arguments.only) or (name != "trl" and (settings.deepspeed or settings.lora_rank)):
+            continue
+        family = open_model(arguments.config, arguments.device, arguments.dtype)
+        data = samples(family, arguments.prompts, batch * steps)
+        view, clock = family.training_view(), Clock()
+        if arguments.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+        with tempfile.TemporaryDirectory() as work:
+            trainer = way(view, data, settings, steps, Path(work))
+            trainer.add_callback(clock)
+            trainer.train()
+        length = round(sum(len(prompt) + len(image) for prompt, image in data) / len(data))
+        itemsize = family.model.dtype.itemsize
+        least = cost.training(family.model.config, length, settings.lora_rank > 0, itemsize, settings.micro_batch_size)
+        floor, made = least.floor_seconds(device_name(arguments.device)), batch * arguments.steps
+        results.append(
+            {
+                "name": name,
+                "images_per_second": made / clock.seconds,
+                "seconds_per_1000_images": 1000 * clock.seconds / made,
+                "fraction_of_floor": None if floor is None else floor * made / clock.seconds / settings.gpus,
+                "peak_memory_bytes": torch.cuda.max_memory_allocated() if arguments.device.startswith("cuda") else None,
+                "bytes_per_image": least.bytes,
+                "flops_per_image": least.flops,
+            }
+        )
+        del trainer, view, family
+        if arguments.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+    if rank() == 0:
+        report("training", arguments, results)
+    leave()
+
+
+if __name__ == "__main__":
+    main()
