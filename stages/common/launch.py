@@ -11,6 +11,7 @@ torchrun starts and watches the processes. On several nodes one launcher runs on
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -56,18 +57,22 @@ def command() -> list[str]:
     return ["-m", stage.name, *sys.argv[1:]]
 
 
+def scontrol(*arguments: str) -> str:
+    return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout
+
+
 def on_every_node(nodes: int) -> int:
     """Start this command once on each node of the allocation; --overlap, since this process holds a step of it already."""
-    names = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
-    first = subprocess.run(names, capture_output=True, text=True, check=True).stdout.split()[0]
+    first = scontrol("show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()[0]
+    address = re.search(r"\bNodeAddr=(\S+)", scontrol("show", "node", first))
     port = 20000 + int(os.environ["SLURM_JOB_ID"]) % 10000
     tasks = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--cpu-bind=none", "--kill-on-bad-exit=1"]
     started = subprocess.Popen(
         ["srun", "--overlap", *tasks, sys.executable, *command()],
-        env=os.environ | {"MASTER_ADDR": first, "MASTER_PORT": str(port)},
+        env=os.environ | {"MASTER_ADDR": address.group(1) if address else first, "MASTER_PORT": str(port)},
     )
-    for number in STOP_SIGNALS:  # srun passes on what it gets
-        signal.signal(number, lambda got, _: started.send_signal(got))
+    for number in STOP_SIGNALS:  # srun passes SIGUSR1 on; SIGTERM makes it kill its tasks
+        signal.signal(number, lambda *_: started.send_signal(signal.SIGUSR1))
     return abs(started.wait())
 
 
