@@ -4,7 +4,7 @@ CORES ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup run test lint format study tiny-model
+.PHONY: setup run test test-slurm cluster lint format study tiny-model
 
 setup: $(STAMP)
 
@@ -20,6 +20,13 @@ run: setup
 
 test: setup lint
 	$(BIN)/python -m pytest
+
+# A real SLURM on this machine, with fake GPUs: root, and Debian's packages, which are installed where they are missing.
+cluster: setup
+	$(BIN)/python -m tests.slurm_cluster start --accounting
+
+test-slurm: setup
+	$(BIN)/python -m pytest -m slurm
 
 lint: setup
 	$(BIN)/ruff check .

@@ -45,6 +45,7 @@ rule audit:
 
 onstart:
     write_owner()
+    cancel_orphans()
     write_run_config()
 
 

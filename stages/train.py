@@ -26,7 +26,7 @@ from stages.common import manifests, shards
 from stages.common.code import code
 from stages.common.config import Config, Score, Train, load
 from stages.common.launch import STOPPED, launched, local_rank, rank
-from stages.common.runtime import UserError, run_stage, sync, whole_file
+from stages.common.runtime import UserError, aside, claim, run_stage, sync, whole_file
 from stages.common.saves import discard, keyed, latest, require_layout, saves, step_of
 from stages.common.seeds import hash_seed
 from stages.families import FAMILIES, open_family
@@ -230,8 +230,9 @@ def main() -> None:
     work = keyed(arguments.work, schedule, steps, identity)
     if rank() == 0:
         discard(arguments.work, work, *([start.parent] if start else []))
+    held = claim(work / "writer") if rank() == 0 else lambda: None
     length = sum(len(row.get("input_ids") or row["prompt_ids"] + row["chosen_ids"]) for row in rows) / len(rows)
-    watch = Watch(settings, stop, arguments.schedule, view.flops, length)
+    watch = Watch(settings, stop, held, arguments.schedule, view.flops, length)
     anchor = anchor_loss(family, anchors, prompts, config.score) if anchors else None
     trainer = make_trainer(view, rows, settings, work, steps, config.seed, dpo, watch, anchor)
     if rank() == 0:
@@ -245,10 +246,10 @@ def main() -> None:
     if steps not in map(step_of, saves(work)):
         trainer._save_checkpoint(trainer.model, None)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    finished = arguments.out.parent / f".{arguments.out.name}.tmp"
+    held()
+    finished = aside(arguments.out)
     with whole_model(trainer):
         if rank() == 0:
-            shutil.rmtree(finished, ignore_errors=True)
             family.save(finished)
     if rank() == 0:
         text = card(config, arguments.arm, arguments.schedule, steps, weights, modules, finished)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from stages.common.runtime import UserError, whole_file
+from stages.common.runtime import UserError, claim, whole_file
 from stages.common.seeds import hash_seed
 
 Item = TypeVar("Item")
@@ -44,6 +44,7 @@ def kept_batches(
     """
     folder = out.parent / f".{out.name}.{hash_seed(*key):016x}.partial"
     folder.mkdir(parents=True, exist_ok=True)
+    held = claim(folder / "writer") if SHARE not in os.environ else lambda: None
     files = [folder / f"{number:06d}.parquet" for number in range(len(batches))]
     missing = sum(not file.exists() for file in files)
     if SHARE in os.environ:
@@ -68,6 +69,7 @@ def kept_batches(
             result = work(ready)
             if behind is not None:
                 behind.result()  # at most one batch waits to be written, and its error stops the stage
+            held()
             behind = after.submit(save, number, result)
             shown.update()
             if shown.disable and (place + 1) % max(1, len(mine) // 10) == 0:
@@ -77,9 +79,11 @@ def kept_batches(
         shown.close()
     if share:
         sys.exit(0)  # the process that started this one writes the output
+    held()
     yield files
+    held()
     for left in out.parent.glob(f".{out.name}.*.partial"):  # this one, and those of killed runs with other settings
-        shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)  # on NFS an open file keeps its folder
 
 
 SHARE = "SELFGAP_SHARE"  # `k/n` in the environment of the k-th of n processes that share a stage's batches

@@ -113,13 +113,24 @@ def whole_model(trainer: Any) -> Iterator[None]:
 
 
 class Watch(TrainerCallback):
-    """Ends a broken training, saves when it is time, and tells how fast it goes."""
+    """Ends a training that is broken or has a successor, saves when it is time, and tells how fast it goes."""
 
-    def __init__(self, settings: Train, stop: Stop, schedule: Path, flops: Callable[[float], float], length: float) -> None:
-        self.settings, self.stop, self.schedule = settings, stop, schedule
+    def __init__(
+        self,
+        settings: Train,
+        stop: Stop,
+        held: Callable[[], None],
+        schedule: Path,
+        flops: Callable[[float], float],
+        length: float,
+    ) -> None:
+        self.settings, self.stop, self.held, self.schedule = settings, stop, held, schedule
         self.flops = flops(length) / length * (2 if settings.lora_rank else 3)  # a token, forward and backward
         self.saved = self.logged = time.monotonic()
         self.tokens = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.held()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         minutes = self.settings.save_every_minutes

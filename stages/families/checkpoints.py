@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 from pathlib import Path
 
 from stages.common.runtime import UserError
@@ -15,7 +16,10 @@ def model_type(checkpoint: Path) -> str:
     """`model_type` of the folder's config.json; UserError where the folder is no checkpoint."""
     config = checkpoint / "config.json"
     if not checkpoint.is_dir():
-        raise UserError(f"{checkpoint}: no such checkpoint folder; set model.checkpoint to a local folder")
+        raise UserError(
+            f"{checkpoint}: no such checkpoint folder on {socket.gethostname()}; "
+            "set model.checkpoint to a local folder (on a cluster, to one that every node sees)"
+        )
     try:
         fields = json.loads(config.read_text(encoding="utf-8"))
         return str(fields["model_type"])

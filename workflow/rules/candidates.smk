@@ -21,7 +21,9 @@ rule generate:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        mem_mb=4000,
+        gpu=GPUS,
+        mem_mb=megabytes(2),
+        runtime=minutes("draw", shard_images),
     params:
         code=code("stages.generate", FAMILY),
         config=CONFIG,

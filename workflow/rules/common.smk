@@ -10,7 +10,9 @@ results/<run>/<node>/schedule.parquet, checkpoint/, training.parquet, replay/, m
 
 import json
 import os
+import shutil
 import socket
+import subprocess
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -193,6 +195,48 @@ def continued(wildcards):
     return f"--continue {RUN}/{parent}/work" if parent else ""
 
 
+# What a model's job asks of a cluster: limits, not predictions. A job that runs into one is submitted again with more and
+# goes on where it was; the profile's set-resources may name others.
+
+GIGABYTES = sum(Path(path).stat().st_size for path in checkpoint_files("base")) / 1e9
+GPUS = 0 if settings.model.device == "cpu" else settings.model.workers or 1
+# On one GPU, for each gigabyte of weights. Drawing 1,000 images with 15 GB takes about 1,000 s without batching over prompts.
+SECONDS = {"draw": 0.07, "judge": 0.02, "train": 0.02}
+
+
+def prompt_count(name):
+    """An upper bound, known before the prompts are."""
+    chosen = getattr(settings.prompts, name)
+    return chosen.count or sum(Path(path).read_bytes().count(b"\n") + 1 for path in chosen.files) or 10_000
+
+
+def megabytes(copies):
+    """Memory of the node for so many copies of the weights, beside Python and its libraries."""
+    return lambda wildcards, attempt: attempt * int(4000 + 1000 * copies * GIGABYTES)
+
+
+def minutes(work, count, gpus=1):
+    """Time for `count` images or rows, a function of the wildcards, beside half an hour for start and loading."""
+    return lambda wildcards, attempt: attempt * int(30 + SECONDS[work] * GIGABYTES * count(wildcards) / gpus / 60)
+
+
+def shard_images(wildcards):
+    """Images in a shard."""
+    evaluated = wildcards.set.endswith("evaluation")
+    images = settings.evaluate.images_per_prompt if evaluated else settings.generate.candidates
+    return prompt_count("evaluation" if evaluated else "train") * images / len(SHARDS)
+
+
+def selected_images(wildcards):
+    return prompt_count("train") * settings.generate.candidates
+
+
+def trained_rows(wildcards):
+    node = NODES[wildcards.node]
+    kept = settings.arm_pairs(node.arm).chosen_per_prompt or settings.generate.candidates
+    return prompt_count("train") * kept * node.epoch
+
+
 # Evaluation and report
 
 
@@ -228,6 +272,22 @@ def release_stale_lock():
     if owner["host"] == socket.gethostname() and not process_lives(owner["process"]):
         for lock in locks:
             lock.unlink(missing_ok=True)
+
+
+def cancel_orphans():
+    """Jobs that a killed Snakemake left in SLURM's queue: their successors go on from the batches that they kept.
+
+    They are known by their log in this folder's .snakemake, whose lock says that no other Snakemake runs here.
+    """
+    if not shutil.which("squeue"):
+        return
+    query = ["squeue", "--me", "--noheader", "--Format=JobArrayID:32,STDOUT:4096"]
+    queue = subprocess.run(query, capture_output=True, text=True).stdout
+    logs = str(Path(".snakemake/slurm_logs").resolve()) + "/"
+    left = [job for job, _, log in (line.partition(" ") for line in queue.splitlines()) if log.strip().startswith(logs)]
+    if left:
+        logger.warning(f"Cancelling SLURM jobs of a former run in this folder: {', '.join(left)}")
+        subprocess.run(["scancel", *left])
 
 
 def write_owner():

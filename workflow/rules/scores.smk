@@ -20,7 +20,9 @@ rule score:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        mem_mb=4000,
+        gpu=GPUS,
+        mem_mb=megabytes(2),
+        runtime=minutes("judge", shard_images),
     params:
         code=code("stages.score", FAMILY),
         config=CONFIG,

@@ -21,7 +21,9 @@ rule reference:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        mem_mb=4000,
+        gpu=min(GPUS, 1),
+        mem_mb=megabytes(2),
+        runtime=minutes("judge", selected_images),
     params:
         code=code("stages.reference", FAMILY),
         config=CONFIG,
@@ -93,7 +95,9 @@ rule train:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        mem_mb=4000,
+        gpu=min(GPUS, 1),
+        mem_mb=megabytes(8),
+        runtime=minutes("train", trained_rows),
     params:
         code=code("stages.train", FAMILY),
         config=CONFIG,
