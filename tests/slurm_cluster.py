@@ -33,6 +33,7 @@ SlurmctldPort=26817
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
+AuthInfo=cred_expire=10
 CryptoType=crypto/munge
 StateSaveLocation={folder}/state
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -142,8 +143,12 @@ def start_controller() -> None:
     wait_for("slurmctld", lambda: subprocess.run(["scontrol", "ping"], capture_output=True).returncode == 0)
 
 
-def start_node(name: str) -> None:
-    run("slurmd", "-N", name)
+def start_node(name: str, without: Path | None = None) -> None:
+    """Start a node's slurmd; on its node the folder `without` is empty, as where a file system is not mounted."""
+    if without:
+        run("unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec slurmd -N "$1"', without, name)
+    else:
+        run("slurmd", "-N", name)
     wait_for(f"slurmd of {name}", lambda: process(name))
 
 

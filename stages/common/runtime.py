@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 DAY = 86_400  # seconds
 
 
@@ -43,14 +45,16 @@ def run_stage(main: Callable[[], None]) -> None:
 
 
 def process_lives(number: int) -> bool:
-    """Whether this machine runs a process of that number."""
+    """Whether this machine runs a process of that number; one that was killed and not yet waited for is dead."""
     try:
         os.kill(number, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # another user's
-        pass
-    return True
+        return True
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def aside(path: Path) -> Path:

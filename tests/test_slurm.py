@@ -1,0 +1,290 @@
+"""`snakemake --profile slurm` on a real SLURM that this module starts, and everything that a cluster does to a job.
+
+One run meets every fault once and must end by itself with the files of an undisturbed local run. `make test-slurm` runs it.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests import slurm_cluster as cluster
+from tests.conftest import ROOT, SMALL, environment, merged
+from tests.test_workflow import SOURCES, ended, manifests_of
+
+pytestmark = pytest.mark.slurm
+ON_GPUS = ("generate", "score", "reference", "train")
+# Small batches, so that there is time to disturb a shard between two of them; they change no candidate.
+CONFIG = merged(SMALL, {"generate": {"batch_size": 2}, "score": {"batch_size": 4}}) | {
+    "arms": {"c-sft": {"objective": "sft", "epochs": 2, "replay_epochs": [1]}}
+}
+BATCHES = 18 * 6 // 2 // 2  # of a shard of the training prompts
+
+
+@pytest.fixture(scope="module", autouse=True)
+def slurm():
+    cluster.install()
+    if reason := cluster.missing():
+        pytest.fail(f"these tests need a SLURM of their own: {reason}")
+    cluster.start(accounting=True)
+    yield
+    cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the repository whose profile looks after its jobs more often."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in (*SOURCES, "slurm"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
+    edit_profile(folder, {"slurm-init-seconds-before-status-checks": 12})
+    return folder
+
+
+def edit_profile(source: Path, changes: dict) -> None:
+    path = source / "slurm" / "profile.v9+.yaml"
+    path.write_text(yaml.safe_dump(merged(yaml.safe_load(path.read_text()), changes)))
+
+
+def prepared(folder: Path, changes: dict | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(merged(CONFIG, changes or {})))
+    return folder
+
+
+def start(source: Path, folder: Path, *more: object) -> subprocess.Popen:
+    """snakemake in the background, its output in a file: a plugin that waits for ever must not hold the tests."""
+    command = ["timeout", "-k", 10, 900, "snakemake", "--profile", "slurm", "--directory", folder, "--configfile"]
+    with (folder / "output").open("a") as output:
+        return subprocess.Popen(
+            [str(part) for part in [*command, folder / "config.yaml", *more]],
+            cwd=source, env=environment() | {"PYTHONPATH": str(source)}, stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+
+
+def snakemake(source: Path, folder: Path, *more: object) -> tuple[int, str]:
+    before = len((folder / "output").read_text()) if (folder / "output").exists() else 0
+    code = start(source, folder, *more).wait()
+    return code, (folder / "output").read_text()[before:]
+
+
+@dataclass(frozen=True)
+class Payload:
+    """A stage's process in a SLURM job."""
+
+    process: int
+    stage: str
+    out: str
+    job: str
+    node: str
+    gpus: str
+
+    def kept(self, folder: Path) -> int:
+        """Batches finished so far."""
+        path = folder / self.out
+        return len(list(path.parent.glob(f".{path.name}.*.partial/*.parquet")))
+
+
+def payloads(folder: Path) -> list[Payload]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if line[1:2] != ["-m"] or not line[2].startswith("stages."):
+            continue
+        try:
+            variables = process.environ()
+            if Path(process.cwd()) != folder or "SLURM_JOB_ID" not in variables:
+                continue
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+        known = (variables["SLURM_JOB_ID"], variables.get("SLURMD_NODENAME", ""), variables.get("CUDA_VISIBLE_DEVICES", ""))
+        out = line[line.index("--out") + 1]
+        found.append(Payload(process.pid, line[2].removeprefix("stages."), out, *known))
+    return found
+
+
+class Saboteur:
+    """Watches a run and applies each fault once, to the first process that it is meant for."""
+
+    def __init__(self, source: Path, folder: Path) -> None:
+        self.source, self.folder = source, folder
+        self.seen: dict[int, Payload] = {}
+        self.finished: dict[Path, int] = {}
+        self.kept: dict[str, int] = {}
+        self.stopped: Payload | None = None
+        self.second_run = ""
+        self.faults: list[tuple[str, str, int, Callable[[Payload], None]]] = [  # stage, part of its output, batches kept
+            ("generate", "base/candidates/train/0000", 3, self.cancel),
+            ("generate", "base/candidates/train/0001", 3, self.kill),
+            ("judge", "base/verdicts/evaluation/0000", 0, self.out_of_time),
+            ("score", "base/scores/train/0000", 2, self.requeue),
+            ("score", "base/scores/train/0001", 2, self.run_a_second_snakemake),
+            ("schedule", "c-sft-epoch1/schedule", 0, self.restart_controller),
+            ("generate", "c-sft-epoch1/candidates/replay/0000", 2, self.lose_node),
+            ("score", "c-sft/scores/base-evaluation/0000", 1, self.kill_snakemake),
+        ]
+
+    def cancel(self, payload: Payload) -> None:
+        cluster.run("scancel", payload.job)
+
+    def kill(self, payload: Payload) -> None:
+        os.kill(payload.process, signal.SIGKILL)
+
+    def out_of_time(self, payload: Payload) -> None:
+        os.kill(payload.process, signal.SIGSTOP)
+
+    def requeue(self, payload: Payload) -> None:
+        cluster.run("scontrol", "requeue", payload.job)
+
+    def run_a_second_snakemake(self, payload: Payload) -> None:
+        command = ["snakemake", "--profile", "slurm", "--directory", self.folder, "--configfile", self.folder / "config.yaml"]
+        result = subprocess.run(command, cwd=self.source, env=environment(), capture_output=True, text=True, timeout=120)
+        assert result.returncode
+        self.second_run = result.stdout + result.stderr
+
+    def restart_controller(self, payload: Payload) -> None:
+        cluster.end("slurmctld")
+        time.sleep(8)
+        cluster.start_controller()
+
+    def lose_node(self, payload: Payload) -> None:
+        """SLURM loses the node, and the job's process lives on there; it goes on while its successor is at work."""
+        os.kill(payload.process, signal.SIGSTOP)
+        cluster.end(payload.node, signal.SIGKILL)
+        self.stopped = payload
+        self.faults.append(("generate", payload.out, payload.kept(self.folder) + 1, self.find_node))
+
+    def find_node(self, payload: Payload) -> None:
+        assert self.stopped is not None
+        os.kill(payload.process, signal.SIGSTOP)
+        os.kill(self.stopped.process, signal.SIGCONT)
+        cluster.wait_for("the orphan to give way", lambda: not psutil.pid_exists(self.stopped.process), 60)
+        os.kill(payload.process, signal.SIGCONT)
+        cluster.start_node(self.stopped.node)
+
+    def kill_snakemake(self, payload: Payload) -> None:
+        os.killpg(self.snakemake.pid, signal.SIGKILL)
+        self.snakemake.wait()
+        self.snakemake = start(self.source, self.folder)
+
+    def meant_for(self, payload: Payload, fault: tuple) -> bool:
+        stage, part, batches, _ = fault
+        fresh = self.stopped is None or payload.process != self.stopped.process
+        return fresh and payload.stage == stage and part in payload.out and payload.kept(self.folder) >= batches
+
+    def run(self) -> None:
+        self.snakemake = start(self.source, self.folder)
+        while self.snakemake.poll() is None:
+            running = payloads(self.folder)
+            self.seen |= {payload.process: payload for payload in running}
+            due = ((fault, payload) for payload in running for fault in self.faults if self.meant_for(payload, fault))
+            if found := next(due, None):
+                fault, payload = found
+                act = fault[-1]
+                self.kept[act.__name__] = payload.kept(self.folder)
+                with suppress(ProcessLookupError, psutil.NoSuchProcess):  # it has just ended: the next one
+                    act(payload)
+                    self.faults.remove(fault)
+            for path in ended(self.folder):
+                file = path.stat().st_ino  # Snakemake touches what has ended
+                assert self.finished.setdefault(path, file) == file, f"{path} was drawn again"
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def disturbed(source, tmp_path_factory):
+    """The run that meets every fault. Training is given too little memory at first, the judge a minute."""
+    edit_profile(source, {"set-resources": {
+        "train": {"mem_mb": "400 if attempt == 1 else 4000"}, "judge": {"runtime": "1 if attempt == 1 else 30"},
+    }})  # fmt: skip
+    saboteur = Saboteur(source, prepared(tmp_path_factory.mktemp("disturbed")))
+    saboteur.run()
+    output = (saboteur.folder / "output").read_text()
+    assert saboteur.snakemake.returncode == 0, output[-5000:]
+    return saboteur, output
+
+
+@pytest.fixture(scope="module")
+def local(source, tmp_path_factory):
+    folder = prepared(tmp_path_factory.mktemp("local"))
+    command = ["snakemake", "--cores", "2", "--directory", folder, "--configfile", folder / "config.yaml"]
+    result = subprocess.run(
+        command, cwd=source, env=environment() | {"PYTHONPATH": str(source)}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+def job(number: str) -> dict[str, str]:
+    return dict(re.findall(r"(\w+)=(\S*)", cluster.run("scontrol", "show", "job", "--details", number)))
+
+
+def jobs_of(folder: Path, rule: str) -> list[dict[str, str]]:
+    """All SLURM jobs of a rule, in order."""
+    text = cluster.run("scontrol", "show", "jobs", "--oneliner")
+    found = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in text.splitlines()]
+    return [entry for entry in found if f"{folder}/.snakemake/slurm_logs/rule_{rule}/" in entry["StdOut"]]
+
+
+def test_every_fault_was_met_and_the_run_ended_by_itself(disturbed):
+    saboteur, output = disturbed
+    assert not saboteur.faults
+    states = {entry["JobState"] for rule in ("generate", "judge", "train") for entry in jobs_of(saboteur.folder, rule)}
+    assert {"CANCELLED", "FAILED", "TIMEOUT", "COMPLETED"} <= states
+    assert any(int(entry["Restarts"]) for entry in jobs_of(saboteur.folder, "score"))
+    assert "Cancelling SLURM jobs of a former run" in output
+
+
+def test_the_disturbed_run_ends_with_the_files_of_a_local_run(disturbed, local):
+    saboteur, _ = disturbed
+    assert manifests_of(saboteur.folder) == manifests_of(local)
+    assert not list(saboteur.folder.glob("results/**/*.partial"))
+
+
+def test_no_finished_shard_was_drawn_again(disturbed):
+    saboteur, _ = disturbed
+    assert saboteur.finished
+    assert all(path.stat().st_ino == file for path, file in saboteur.finished.items())
+
+
+@pytest.mark.parametrize(("fault", "shard"), [("cancel", "0000"), ("kill", "0001")])
+def test_a_shard_goes_on_where_it_was(disturbed, fault, shard):
+    saboteur, _ = disturbed
+    log = (saboteur.folder / f"results/small/logs/generate/base.train.{shard}.log").read_text()
+    assert int(re.findall(r"of (\d+) batches", log)[-1]) <= BATCHES - saboteur.kept[fault]
+
+
+def test_jobs_ran_where_they_belong_and_saw_the_gpus_they_asked_for(disturbed):
+    saboteur, _ = disturbed
+    assert {payload.stage for payload in saboteur.seen.values()} >= {"generate", "score", "train", "judge"}
+    for payload in saboteur.seen.values():
+        if payload.stage in ON_GPUS:
+            assert payload.node in ("node2", "node3")
+            assert payload.gpus in ("0", "1")
+        else:
+            assert (payload.node, payload.gpus) == ("node1", "")
+    for entry in jobs_of(saboteur.folder, "generate") + jobs_of(saboteur.folder, "train"):
+        assert entry["TresPerJob"] == "gres:gpu:1"
+
+
+def test_a_second_attempt_asks_for_more(disturbed):
+    saboteur, _ = disturbed
+    first, *_, second = [entry for entry in jobs_of(saboteur.folder, "generate") if "/base_train_0000/" in entry["StdOut"]]
+    assert (first["TimeLimit"], second["TimeLimit"]) == ("00:30:00", "01:00:00")
+    assert int(second["MinMemoryNode"].rstrip("M")) == 2 * int(first["MinMemoryNode"].rstrip("M"))
+
+
+def test_a_second_run_in_one_folder_is_refused(disturbed):
+    saboteur, _ = disturbed
+    assert "locked" in saboteur.second_run
+    assert "Traceback" not in saboteur.second_run
