@@ -3,7 +3,10 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
+import sys
+from contextlib import suppress
 
 import pyarrow.parquet as pq
 import pytest
@@ -206,3 +209,27 @@ def test_a_read_only_folder(drawn, tmp_path):
     finally:
         if not mounted.returncode:
             subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize(("options", "words"), [("ro,size=64k", "Read-only"), ("size=8k", "No space left")])
+def test_a_results_folder_that_cannot_be_written(tmp_path, options, words):
+    results = tmp_path / "results"
+    results.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", results], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        with suppress(OSError):
+            (results / "ballast").write_bytes(b"0" * 65536)
+        command = ["snakemake", "--cores", "1", "--directory", tmp_path, "--configfile", write_config(tmp_path)]
+        result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+        refused(result, "run_config.yaml", words, "permissions and free space")
+    finally:
+        subprocess.run(["umount", results], check=True)
+
+
+def test_a_missing_package_is_named_with_the_machine(copy):
+    script = "import sys; sys.modules['torch'] = None; import runpy; runpy.run_module('stages.generate', run_name='__main__')"
+    options = {"config": "config.yaml", "prompts": "prompts.parquet", "out": "other.parquet", "images": "other.tar"}
+    arguments = [part for name, file in options.items() for part in (f"--{name}", copy / file)]
+    command = [sys.executable, "-c", script, *arguments]
+    refused(subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True), "torch", socket.gethostname())

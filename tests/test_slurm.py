@@ -7,7 +7,9 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,7 +21,7 @@ import pytest
 import yaml
 
 from tests import slurm_cluster as cluster
-from tests.conftest import ROOT, SMALL, environment, merged
+from tests.conftest import ROOT, SMALL, environment, merged, stage
 from tests.test_workflow import SOURCES, ended, manifests_of
 
 pytestmark = pytest.mark.slurm
@@ -182,8 +184,8 @@ class Saboteur:
         fresh = self.stopped is None or payload.process != self.stopped.process
         return fresh and payload.stage == stage and part in payload.out and payload.kept(self.folder) >= batches
 
-    def run(self) -> None:
-        self.snakemake = start(self.source, self.folder)
+    def run(self, *targets: str) -> None:
+        self.snakemake = start(self.source, self.folder, *targets)
         while self.snakemake.poll() is None:
             running = payloads(self.folder)
             self.seen |= {payload.process: payload for payload in running}
@@ -288,3 +290,83 @@ def test_a_second_run_in_one_folder_is_refused(disturbed):
     saboteur, _ = disturbed
     assert "locked" in saboteur.second_run
     assert "Traceback" not in saboteur.second_run
+
+
+def test_a_shard_that_fails_for_good_stops_only_what_depends_on_it(source, local, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(local, folder)
+    results = folder / "results/small"
+    shard = results / "base/candidates/evaluation/0001.tar"
+    times = shard.stat()
+    shard.write_bytes(shard.read_bytes()[:5000])
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    for scores in (results / "c-sft/scores/base-evaluation").glob("*.parquet"):
+        scores.unlink()
+    written = (results / "c-sft/metrics.parquet").stat().st_mtime_ns
+    code, output = snakemake(source, folder, "--retries", 0)
+    assert code
+    assert (results / "c-sft/scores/base-evaluation/0000.parquet").exists()
+    assert not (results / "c-sft/scores/base-evaluation/0001.parquet").exists()
+    assert (results / "c-sft/metrics.parquet").stat().st_mtime_ns == written
+    report = output[output.rindex("Exiting because a job execution failed") :]
+    assert "c-sft/scores/base-evaluation/0001.parquet" in report
+    assert "cut short or broken" in output
+    assert "failed: c-sft/scores/base-evaluation/0001.parquet" in stage("status", results).stdout
+
+
+ONE_SHARD = "results/small/base/candidates/evaluation/0000.parquet"
+
+
+def test_a_model_on_the_cpu_asks_for_no_gpu(source, tmp_path):
+    code, output = snakemake(source, prepared(tmp_path / "run", {"model": {"device": "cpu"}}), ONE_SHARD)
+    assert code == 0, output
+    (entry,) = jobs_of(tmp_path / "run", "generate")
+    assert "TresPerJob" not in entry
+
+
+def failed_log(output: str) -> str:
+    """What the SLURM log says that the message names."""
+    return Path(re.findall(r"(/\S+/slurm_logs/\S+?\.log)", output)[-1]).read_text()
+
+
+def test_a_node_without_the_environment(source, tmp_path):
+    cluster.end("node1")
+    cluster.start_node("node1", without=Path(sys.prefix))
+    try:
+        cluster.wait_for("nodes", cluster.nodes_up)
+        code, output = snakemake(source, prepared(tmp_path / "run"), "--retries", 0, "results/small/prompts/train.parquet")
+    finally:
+        cluster.end("node1")
+        cluster.start_node("node1")
+        cluster.wait_for("nodes", cluster.nodes_up)
+    assert code
+    assert f"{sys.executable}: not found" in failed_log(output)
+
+
+def test_a_node_that_does_not_see_the_checkpoint(source, tmp_path):
+    shutil.copytree(ROOT / "models/tiny-janus", tmp_path / "checkpoint")
+    folder = prepared(tmp_path / "run", {"model": {"checkpoint": str(tmp_path / "checkpoint")}})
+    for node in ("node2", "node3"):
+        cluster.end(node)
+        cluster.start_node(node, without=tmp_path / "checkpoint")
+    try:
+        cluster.wait_for("nodes", cluster.nodes_up)
+        code, output = snakemake(source, folder, "--retries", 0, ONE_SHARD)
+    finally:
+        for node in ("node2", "node3"):
+            cluster.end(node)
+            cluster.start_node(node)
+        cluster.wait_for("nodes", cluster.nodes_up)
+    assert code
+    assert f"{tmp_path}/checkpoint: no such checkpoint folder on {socket.gethostname()}" in failed_log(output)
+
+
+def test_without_accounting_a_cancelled_job_comes_again_and_a_shard_gets_the_gpus_it_asks_for(source, tmp_path):
+    cluster.start(accounting=False)
+    saboteur = Saboteur(source, prepared(tmp_path / "run", {"model": {"workers": 2}}))
+    saboteur.faults = [("generate", ONE_SHARD, 1, saboteur.cancel)]
+    saboteur.run(ONE_SHARD)
+    assert saboteur.snakemake.returncode == 0, (saboteur.folder / "output").read_text()
+    assert [entry["JobState"] for entry in jobs_of(saboteur.folder, "generate")] == ["CANCELLED", "COMPLETED"]
+    drawing = {payload.gpus for payload in saboteur.seen.values() if payload.stage == "generate"}
+    assert drawing == {"0,1", "1"}  # the job's two GPUs, and the second of them for the process that helps
