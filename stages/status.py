@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import socket
-from base64 import b64decode
+from base64 import urlsafe_b64decode
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ def begun(folder: Path) -> dict[Path, str]:
         if mark.is_file():
             text = mark.read_text()
             queued = bool(text and json.loads(text).get("external_jobid"))  # the job itself takes the number away
-            found[folder / b64decode(mark.name).decode()] = "queued" if queued else "running"
+            found[folder / urlsafe_b64decode(mark.name).decode()] = "queued" if queued else "running"
     return found
 
 
