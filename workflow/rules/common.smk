@@ -38,6 +38,10 @@ FAMILY = f"stages.families.{settings.model.family}"
 MODEL = {"family": settings.model.family, "dtype": settings.model.dtype}
 
 
+# SIGTERM goes to every process of a cluster's job; tee must outlive the stage, or its last words are not in the log.
+shell.prefix("tee() {{ trap '' TERM; exec tee \"$@\"; }}; ")
+
+
 wildcard_constraints:
     arm="|".join(settings.arms) or "none",
     node="|".join(["base", *NODES]),
