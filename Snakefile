@@ -51,3 +51,7 @@ onstart:
 
 onsuccess:
     show_summary()
+
+
+onerror:
+    show_status()

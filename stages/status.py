@@ -94,12 +94,8 @@ def last_line(path: Path) -> str:
     return next((line for line in reversed(lines) if line.strip()), "(empty)")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run's folder, results/<run>")
-    run = parser.parse_args().run.resolve()
-    if not (run / "run_config.yaml").exists():
-        raise UserError(f"{run}: holds no run_config.yaml; give the folder of a run that has been started, results/<run>")
+def report(run: Path) -> str:
+    """The table of a run's folder, and a line for each job that has failed or runs."""
     active = begun(run.parent.parent)
     table: dict[str, Counter[str]] = {}
     remarks = []
@@ -113,10 +109,18 @@ def main() -> None:
             remarks.append(f"failed: {job.out}, {kept} batches kept, {log}: {last_line(log)}")
         elif state == "running":
             remarks.append(f"running: {job.out}, {kept} batches kept")
-    print(f"{'':<14}" + "".join(f"{state:>9}" for state in STATES))
-    for rule, count in table.items():
-        print(f"{rule:<14}" + "".join(f"{count[state] or '':>9}" for state in STATES))
-    print("\n".join(remarks))
+    lines = [f"{'':<14}" + "".join(f"{state:>9}" for state in STATES)]
+    lines += [f"{rule:<14}" + "".join(f"{count[state] or '':>9}" for state in STATES) for rule, count in table.items()]
+    return "\n".join([*lines, *remarks])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run's folder, results/<run>")
+    run = parser.parse_args().run.resolve()
+    if not (run / "run_config.yaml").exists():
+        raise UserError(f"{run}: holds no run_config.yaml; give the folder of a run that has been started, results/<run>")
+    print(report(run))
 
 
 if __name__ == "__main__":

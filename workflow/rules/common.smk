@@ -22,6 +22,7 @@ from stages.common.code import code
 from stages.common.config import validate
 from stages.common.runtime import UserError, process_lives, whole_file
 from stages.families.checkpoints import require_model_type
+from stages.status import report as status_report
 
 try:
     settings = validate(dict(config), ", ".join(str(path) for path in workflow.configfiles))
@@ -39,7 +40,7 @@ MODEL = {"family": settings.model.family, "dtype": settings.model.dtype}
 
 
 # SIGTERM goes to every process of a cluster's job; tee must outlive the stage, or its last words are not in the log.
-shell.prefix("tee() {{ trap '' TERM; exec tee \"$@\"; }}; ")
+shell.prefix("set -euo pipefail; tee() {{ trap '' TERM; exec tee \"$@\"; }}; ")
 
 
 wildcard_constraints:
@@ -258,6 +259,11 @@ def show_summary():
     log = Path(f"{RUN}/logs/summary.log")
     if log.exists():
         print(log.read_text())
+
+
+def show_status():
+    if Path(CONFIG).exists():
+        print(status_report(Path(RUN).resolve()))
 
 
 # What is done before and after the jobs
