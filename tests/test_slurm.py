@@ -132,7 +132,7 @@ class Saboteur:
             ("score", "base/scores/train/0001", 2, self.run_a_second_snakemake),
             ("schedule", "c-sft-epoch1/schedule", 0, self.restart_controller),
             ("generate", "c-sft-epoch1/candidates/replay/0000", 2, self.lose_node),
-            ("score", "c-sft/scores/base-evaluation/0000", 1, self.kill_snakemake),
+            ("score", "c-sft/scores/base-evaluation/0000", 0, self.kill_snakemake),
         ]
 
     def cancel(self, payload: Payload) -> None:
