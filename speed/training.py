@@ -58,7 +58,7 @@ def samples(family: Janus, prompts: int, count: int) -> list[tuple[list[int], li
 def trl(view: TrainingView, data: list[tuple[list[int], list[int]]], settings: Train, steps: int, work: Path) -> Any:
     rows = Dataset.from_list([{"input_ids": prompt + image, "labels": [-100] * len(prompt) + image} for prompt, image in data])
     length = sum(len(prompt) + len(image) for prompt, image in data) / len(data)
-    watch = Watch(settings, Stop(), work, view.flops, length)
+    watch = Watch(settings, Stop(), lambda: None, work, view.flops, length)
     trainer = make_trainer(view, rows, settings, work, steps, 0, False, watch, None)
     trainer.args.save_strategy = SaveStrategy.NO
     return trainer

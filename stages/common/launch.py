@@ -3,7 +3,7 @@
 torchrun starts and watches the processes. On several nodes one launcher runs on each, and all meet at the first node:
 
 - in a SLURM allocation the first launcher starts the others with `srun`, one a node, and takes the meeting point from the
-  allocation (`SLURM_JOB_NODELIST`, `SLURM_JOB_ID`);
+  allocation (`SLURM_JOB_ID`: of its variables the one that Snakemake's plugin leaves to the job's processes);
 - elsewhere the same command is started once on each node, with `MASTER_ADDR` and `MASTER_PORT` (the first node, the same
   everywhere) and `NODE_RANK` (0 on the first node) in its environment.
 """
@@ -45,7 +45,7 @@ def launched(processes: int, nodes: int) -> None:
         return
     if nodes == 1 or "MASTER_ADDR" in os.environ:
         sys.exit(on_this_node(processes, nodes))
-    if "SLURM_JOB_NODELIST" in os.environ:
+    if "SLURM_JOB_ID" in os.environ:
         sys.exit(on_every_node(nodes))
     raise UserError(f"train.nodes is {nodes}: run in a SLURM allocation, or set MASTER_ADDR, MASTER_PORT and NODE_RANK")
 
@@ -57,15 +57,17 @@ def command() -> list[str]:
     return ["-m", stage.name, *sys.argv[1:]]
 
 
-def scontrol(*arguments: str) -> str:
-    return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout
+def asked(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def on_every_node(nodes: int) -> int:
     """Start this command once on each node of the allocation; --overlap, since this process holds a step of it already."""
-    first = scontrol("show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()[0]
-    address = re.search(r"\bNodeAddr=(\S+)", scontrol("show", "node", first))
-    port = 20000 + int(os.environ["SLURM_JOB_ID"]) % 10000
+    job = os.environ["SLURM_JOB_ID"]
+    names = asked("squeue", "--noheader", "--format=%N", "--job", job).strip()
+    first = asked("scontrol", "show", "hostnames", names).split()[0]
+    address = re.search(r"\bNodeAddr=(\S+)", asked("scontrol", "show", "node", first))
+    port = 20000 + int(job) % 10000
     tasks = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--cpu-bind=none", "--kill-on-bad-exit=1"]
     started = subprocess.Popen(
         ["srun", "--overlap", *tasks, sys.executable, *command()],

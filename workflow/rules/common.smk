@@ -220,9 +220,9 @@ def megabytes(copies):
     return lambda wildcards, attempt: attempt * int(4000 + 1000 * copies * GIGABYTES)
 
 
-def minutes(work, count, gpus=1):
-    """Time for `count` images or rows, a function of the wildcards, beside half an hour for start and loading."""
-    return lambda wildcards, attempt: attempt * int(30 + SECONDS[work] * GIGABYTES * count(wildcards) / gpus / 60)
+def minutes(work, count, gpus=lambda wildcards: 1):
+    """Time for `count` images or rows on `gpus`, functions of the wildcards, beside half an hour for start and loading."""
+    return lambda wildcards, attempt: attempt * int(30 + SECONDS[work] * GIGABYTES * count(wildcards) / gpus(wildcards) / 60)
 
 
 def shard_images(wildcards):
@@ -234,6 +234,16 @@ def shard_images(wildcards):
 
 def selected_images(wildcards):
     return prompt_count("train") * settings.generate.candidates
+
+
+def training_processes(wildcards):
+    chosen = settings.arm_train(NODES[wildcards.node].arm)
+    return chosen.gpus * chosen.nodes
+
+
+# The plugin cannot start a step with GPUs on several nodes; with `mpi` it starts the job in the batch step, from where the
+# stage reaches every node by itself (stages/common/launch.py).
+SPREAD = {"tasks": settings.train.nodes, "tasks_per_gpu": 0, "mpi": "srun"} if settings.train.nodes > 1 else {}
 
 
 def trained_rows(wildcards):
