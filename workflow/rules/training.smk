@@ -1,7 +1,8 @@
 """Training: reference log-probabilities for DPO, the schedule, and the trainer that reads it in order.
 
 A node continues its parent bit-exactly from the trainer's own saves in work/, which are no declared outputs: a retry finds
-them, and deleting the folder costs time, nothing else.
+them, and deleting the folder costs time, nothing else. A training that is told to stop saves and ends; the shell and tee
+around it ignore that signal, so that they live as long as it does.
 """
 
 
@@ -124,4 +125,4 @@ rule train:
         " --work {params.work:q}"
         " --out {params.out:q}"
         " --metrics {output.metrics:q}"
-        " 2>&1 | tee {log:q}"  # the training saves and ends when it is told to stop; shell and tee live as long as it does
+        " 2>&1 | tee {log:q}"
