@@ -96,11 +96,11 @@ rule train:
         "../../envs/models.yaml"
     threads: 1
     resources:
+        **SPREAD,
         gpu=lambda wildcards: training_processes(wildcards) if GPUS else 0,
         nodes=lambda wildcards: settings.arm_train(NODES[wildcards.node].arm).nodes,
         mem_mb=megabytes(8),
         runtime=minutes("train", trained_rows, training_processes),
-        **SPREAD,
     params:
         code=code("stages.train", FAMILY),
         config=CONFIG,
