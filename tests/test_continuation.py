@@ -135,7 +135,7 @@ def test_saves_at_a_time_interval(whole, tmp_path):
 def test_only_the_last_two_saves_are_kept(whole):
     _, folder = whole
     (saved,) = (folder / "work").iterdir()
-    assert sorted(path.name for path in saved.iterdir()) == ["checkpoint-21", "checkpoint-24"]
+    assert sorted(path.name for path in saved.glob("checkpoint-*")) == ["checkpoint-21", "checkpoint-24"]
 
 
 def test_a_full_disk_is_named_and_the_last_save_stays_whole(whole, tmp_path):

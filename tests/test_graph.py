@@ -69,7 +69,7 @@ def test_status_knows_every_job_of_the_workflow(files, tmp_path):
     outputs = {(rule, file.removeprefix(f"results/{config['run']}/")) for file, _, rule, *_ in rows}
     known = {(job.rule, job.out) for job in jobs(load(tmp_path / "config.yaml"))}
     assert known <= outputs
-    assert all(file.endswith((".tar", "discard.parquet", "training.parquet")) for _, file in outputs - known)
+    assert all(file.endswith((".tar", "discard.parquet", "training.parquet", "training.png")) for _, file in outputs - known)
 
 
 def test_status_names_what_is_done_and_what_failed(tmp_path):
