@@ -254,7 +254,7 @@ def test_killed_at_any_moment_it_finishes_with_the_same_files_and_repeats_no_fin
     finished: dict[Path, int] = {}
     kills = 0
     for message in STAGES:
-        kills += kill_at(tmp_path, message, generator.uniform(0.2, 4.0))
+        kills += kill_at(tmp_path, message, generator.uniform(0.1, 1.5))
         for path in ended(tmp_path):
             written = path.stat().st_mtime_ns
             assert finished.setdefault(path, written) == written, f"{path} was drawn again"
