@@ -51,11 +51,26 @@ def timed(device: str, work: Callable[[], Any]) -> tuple[float, int | None]:
     return time.perf_counter() - start, None
 
 
+def result(
+    name: str, images: int, seconds: float, peak: int | None, least: Cost, device: str, devices: int = 1
+) -> dict[str, Any]:
+    """A way's row of the table and the JSON; the floor is that of `devices` of its device."""
+    floor = least.floor_seconds(device_name(device))
+    return {
+        "name": name,
+        "images_per_second": images / seconds,
+        "seconds_per_1000_images": 1000 * seconds / images,
+        "fraction_of_floor": None if floor is None else floor * images / seconds / devices,
+        "peak_memory_bytes": peak,
+        "bytes_per_image": least.bytes,
+        "flops_per_image": least.flops,
+    }
+
+
 def compare(
     arguments: argparse.Namespace, ways: Mapping[str, Callable[[], Any]], images: int, least: Cost
 ) -> list[dict[str, Any]]:
     """One result for each way of making or judging `images` images: run once to warm up, then once on the clock."""
-    floor = least.floor_seconds(device_name(arguments.device))
     results: list[dict[str, Any]] = []
     for name, way in ways.items():
         if arguments.only and name not in arguments.only:
@@ -63,17 +78,7 @@ def compare(
         if not arguments.no_warm_up:
             way()
         seconds, peak = timed(arguments.device, way)
-        results.append(
-            {
-                "name": name,
-                "images_per_second": images / seconds,
-                "seconds_per_1000_images": 1000 * seconds / images,
-                "fraction_of_floor": None if floor is None else floor * images / seconds,
-                "peak_memory_bytes": peak,
-                "bytes_per_image": least.bytes,
-                "flops_per_image": least.flops,
-            }
-        )
+        results.append(result(name, images, seconds, peak, least, arguments.device))
         print(f"{name}: {seconds:.1f} s", flush=True)
     return results
 

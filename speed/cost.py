@@ -61,11 +61,6 @@ def scoring(config: JanusConfig, question: int, itemsize: int) -> Cost:
     return Cost(tokens * text.hidden_size * itemsize, matrices + attention)
 
 
-def training(config: JanusConfig, length: int, frozen: bool, itemsize: int, batch: int) -> Cost:
-    """A sample of SFT, forward and backward; frozen: adapters train, and the weights get no gradient. Recomputed
-    activations do not count."""
-    text = config.text_config
-    matrices = 2 * length * (llm_parameters(config) + head_parameters(config))
-    attention = 2 * length**2 * text.hidden_size * text.num_hidden_layers  # causal: half of 4 n^2 d
-    read = 2 * llm_parameters(config) * itemsize / batch  # at least once forward and once backward
-    return Cost(read, (2 if frozen else 3) * (matrices + attention))
+def training(config: JanusConfig, flops: float, itemsize: int, batch: int) -> Cost:
+    """A sample of `flops`, forward and backward, recomputed activations not counted; weights are read once in each."""
+    return Cost(2 * llm_parameters(config) * itemsize / batch, flops)

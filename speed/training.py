@@ -23,12 +23,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from speed import cost
-from speed.bench import device_name, parser, report
+from speed.bench import parser, report, result
 from speed.generation import sample_prompts
 from speed.models import open_model
 from stages.common.config import Train
 from stages.common.launch import launched, local_rank, rank
-from stages.common.trainer import Stop, Watch, join, leave, make_trainer, trained
+from stages.common.trainer import Stop, Watch, freeze, join, leave, make_trainer, trained
 from stages.families.base import TrainingView
 from stages.families.janus import Janus
 
@@ -78,9 +78,8 @@ def transformers(view: TrainingView, data: list[tuple[list[int], list[int]]], se
         total = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
         return total / num_items_in_batch
 
-    prefixes = trained(view, settings)
-    for name, parameter in view.model.named_parameters():
-        parameter.requires_grad_(name.startswith(prefixes))
+    freeze(view.model, trained(view, settings))
+    for parameter in view.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     cpu = view.model.device.type == "cpu"
@@ -138,20 +137,11 @@ def main() -> None:
             trainer.add_callback(clock)
             trainer.train()
         length = round(sum(len(prompt) + len(image) for prompt, image in data) / len(data))
-        itemsize = family.model.dtype.itemsize
-        least = cost.training(family.model.config, length, settings.lora_rank > 0, itemsize, settings.micro_batch_size)
-        floor, made = least.floor_seconds(device_name(arguments.device)), batch * arguments.steps
-        results.append(
-            {
-                "name": name,
-                "images_per_second": made / clock.seconds,
-                "seconds_per_1000_images": 1000 * clock.seconds / made,
-                "fraction_of_floor": None if floor is None else floor * made / clock.seconds / settings.gpus,
-                "peak_memory_bytes": torch.cuda.max_memory_allocated() if arguments.device.startswith("cuda") else None,
-                "bytes_per_image": least.bytes,
-                "flops_per_image": least.flops,
-            }
-        )
+        flops = view.flops(length) * (2 if settings.lora_rank else 3)
+        least = cost.training(family.model.config, flops, family.model.dtype.itemsize, settings.micro_batch_size)
+        peak = torch.cuda.max_memory_allocated() if arguments.device.startswith("cuda") else None
+        made = batch * arguments.steps
+        results.append(result(name, made, clock.seconds, peak, least, arguments.device, settings.gpus))
         del trainer, view, family
         if arguments.device.startswith("cuda"):
             torch.cuda.empty_cache()

@@ -57,9 +57,7 @@ def main() -> None:
     def judge(seen: tuple[Any, Any]) -> list[dict[str, Any]]:
         assert family is not None
         batch, images = seen
-        template, prefix = settings.question or family.question, settings.answer_prefix
-        if settings.question is None:
-            prefix = family.answer_prefix
+        template, prefix = settings.asked(family)
         questions = [template.replace("{prompt}", prompts[row["prompt_id"]]["prompt"]) for row in batch]
         rows = [{"candidate_id": row["candidate_id"], "prompt_id": row["prompt_id"], "judge": weights} for row in batch]
         if settings.mode == "p_yes":

@@ -88,7 +88,7 @@ def anchor_loss(
     """From the trainer's model and the places of judgements to the cross-entropy to them, asked as stages.score asked."""
     import numpy as np
 
-    template, prefix = score.question or family.question, score.answer_prefix if score.question else family.answer_prefix
+    template, prefix = score.asked(family)
 
     def loss(model: Any, places: list[int]) -> Any:
         chosen = [anchors[place] for place in places]
@@ -187,21 +187,21 @@ def main() -> None:
     schedule = manifests.read_rows(arguments.schedule, "schedule")
     steps = schedule[-1]["step"] + 1
     base = Path(config.model.checkpoint)
-    foreign = {row["reference_checkpoint"] for row in schedule} - {checkpoint_hash(base)}
+    weights = checkpoint_hash(base)
+    foreign = {row["reference_checkpoint"] for row in schedule} - {weights}
     if dpo and foreign:
         raise UserError(
-            f"{arguments.schedule}: reference_checkpoint {foreign.pop()} is not {base} ({checkpoint_hash(base)}); "
+            f"{arguments.schedule}: reference_checkpoint {foreign.pop()} is not {base} ({weights}); "
             "run stages.reference with this model again"
         )
     wanted = {row[side] for row in schedule for side in ("chosen", "rejected") if row[side]}
     known = {row["candidate_id"]: row for row in manifests.read_rows(arguments.candidates, "candidates", wanted=wanted)}
-    lost = next((row["chosen"] for row in schedule if row["chosen"] not in known), None)
-    if lost:
-        raise UserError(f"{arguments.schedule}: candidate {lost} is in none of the candidate manifests; give them all")
+    if lost := sorted(wanted - known.keys()):
+        raise UserError(f"{arguments.schedule}: candidate {lost[0]} is in none of the candidate manifests; give them all")
 
     prompts = manifests.prompts_of(arguments.prompts, list(known.values()))
     anchors = judgements(arguments.scores, arguments.candidates, config.seed) if settings.judge_anchor_weight else []
-    weights, modules = checkpoint_hash(base), code("stages.train", FAMILIES[config.model.family][0])
+    modules = code("stages.train", FAMILIES[config.model.family][0])
     judged = [(row["candidate_id"], p_yes) for _, row, p_yes in anchors]
     identity = (arm.objective, settings.outcome(), config.seed, weights, modules, *([judged] if judged else []))
     start = latest([*([arguments.parent] if arguments.parent else []), arguments.work], schedule, identity)

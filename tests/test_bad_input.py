@@ -38,6 +38,10 @@ CONFIGURATIONS = [
     ({"train": {"batch_size": 7, "micro_batch_size": 2}}, ["multiple of micro_batch_size"]),
     ({"score": {"question": "is it good?"}}, ["score.question", "{prompt}"]),
     ({"prompts": {"train": {"source": "text", "count": None}}}, ["prompts.train", "need files"]),
+    (
+        {"evaluate": {"judge": "none"}, "arms": {"sft": {"objective": "sft", "pairs": {"filter": "oracle"}}}},
+        ["arms.sft.pairs.filter", "evaluate.judge"],
+    ),
     ({"model": {"checkpoint": "no/such/folder"}}, ["no/such/folder", "model.checkpoint"]),
 ]
 

@@ -121,7 +121,7 @@ def test_the_verdict_follows_the_answers_prefix(pro):
     assert {raw.id_to_token(i) for i in family.yes.tolist()} >= {"1", "Yes"}
     assert {raw.id_to_token(i) for i in family.no.tolist()} >= {"0", "No"}
     image = np.zeros((1, 64, 64, 3), dtype=np.uint8)
-    assert family.p_yes(image, [question], family.answer_prefix) != family.p_yes(image, [question])
+    assert family.p_yes(image, [question], family.answer_prefix)[0] != family.p_yes(image, [question])[0]
 
 
 def test_a_tokenizer_without_role_tags_is_refused_by_name(tmp_path):

@@ -60,6 +60,12 @@ def test_no_disagreement_is_50_with_n_0():
     assert (row["value"], row["denominator"], row["ci_low"]) == (50.0, 0, None)
 
 
+def test_without_an_external_judge_there_is_only_non():
+    own = images("?????", "1100?")
+    counts = metrics.count(PROMPTS, own, own, own.und)
+    assert {name: found.sum((1, 2)).tolist() for name, found in counts.items()} == {"non": [2, 4]}
+
+
 def test_overall_is_the_unweighted_mean_over_categories():
     own = images("11010", "11111")
     counts = metrics.count(PROMPTS, own, own, own.und)["gen"]

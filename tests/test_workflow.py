@@ -216,15 +216,29 @@ def test_the_report_carries_table_and_sheet(run, tmp_path):
     assert "contact_sheet.png" in page
 
 
-# A job of every stage, by the message with which Snakemake starts it.
-STAGES = ("Prompts", "Drawing: base, train", "Judging: base", "External judge", "Pairs", "Reference", "Schedule", "Training",
-          "Discard pool at", "Recovered", "Evaluation", "Summary")  # fmt: skip
+# A job of every stage: its rule, the message with which Snakemake starts it, and within how many seconds it is killed (less
+# than it takes: a light stage is over soon after it has started).
+KILLS = [
+    ("prompts", "Prompts", 0.3),
+    ("generate", "Drawing: base, train", 4.0),
+    ("score", "Judging: base", 4.0),
+    ("judge", "External judge", 0.3),
+    ("pairs", "Pairs", 0.3),
+    ("reference", "Reference", 3.0),
+    ("schedule", "Schedule", 0.3),
+    ("train", "Training", 6.0),
+    ("replay_pool", "Discard pool at", 0.3),
+    ("replay_pairs", "Recovered", 0.3),
+    ("evaluate", "Evaluation", 0.3),
+    ("summary", "Summary", 0.3),
+]
 
 
-def kill_at(folder: Path, message: str, delay: float) -> bool:
-    """Run until a job with this message starts, then `kill -9` the whole process group; False if the run ended before."""
+def kill_at(folder: Path, rule: str, message: str, delay: float) -> bool:
+    """Run what ends in this rule until such a job starts, then `kill -9` the whole process group; False if the run ended
+    before."""
     process = subprocess.Popen(
-        call(folder, "--cores", 2), cwd=ROOT, env=environment(), text=True, start_new_session=True,
+        call(folder, "--cores", 2, "--until", rule), cwd=ROOT, env=environment(), text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert process.stdout is not None
@@ -253,8 +267,8 @@ def test_killed_at_any_moment_it_finishes_with_the_same_files_and_repeats_no_fin
     generator = random.Random(0)
     finished: dict[Path, int] = {}
     kills = 0
-    for message in STAGES:
-        kills += kill_at(tmp_path, message, generator.uniform(0.1, 1.5))
+    for rule, message, longest in KILLS:
+        kills += kill_at(tmp_path, rule, message, generator.uniform(0, longest))
         for path in ended(tmp_path):
             written = path.stat().st_mtime_ns
             assert finished.setdefault(path, written) == written, f"{path} was drawn again"

@@ -71,6 +71,10 @@ class Score(Section):
     max_new_tokens: Positive = 128
     batch_size: Positive = 64
 
+    def asked(self, family: Any) -> tuple[str, str]:
+        """What the judge is asked and how its answer begins: as configured, or the family's own question and prefix."""
+        return (self.question, self.answer_prefix) if self.question else (family.question, family.answer_prefix)
+
     @field_validator("question")
     @classmethod
     def _question(cls, question: str | None) -> str | None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -95,7 +96,7 @@ def claim(path: Path) -> Callable[[], None]:
     A cluster may start a job again while its first process lives on, on a node that it has lost sight of: the later one
     takes over, the earlier one ends before it overwrites or removes anything.
     """
-    writer = f"{socket.gethostname()}, process {os.getpid()}, since {time.time():.3f}"
+    writer = f"{socket.gethostname()}, process {os.getpid()}, since {time.strftime('%F %T')}, claim {uuid.uuid4()}"
     with whole_file(path) as temporary:
         temporary.write_text(writer)
 

@@ -48,11 +48,10 @@ def trained(view: Any, settings: Train) -> tuple[str, ...]:
     return tuple(prefix for prefix in prefixes if settings.judge_anchor_weight or prefix not in view.judge_only)
 
 
-def freeze(model: torch.nn.Module, prefixes: tuple[str, ...]) -> int:
-    """Let only parameters with these prefixes train; returns how many numbers that are."""
+def freeze(model: torch.nn.Module, prefixes: tuple[str, ...]) -> None:
+    """Let only parameters with these prefixes train."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(prefixes))
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def lora(model: torch.nn.Module, prefixes: tuple[str, ...], settings: Train) -> Any:

@@ -109,7 +109,9 @@ class Family(Protocol):
 
     def training_view(self) -> TrainingView: ...
 
-    def judge_loss(self, model: torch.nn.Module, images: np.ndarray, questions: list[str], p_yes: np.ndarray) -> torch.Tensor:
+    def judge_loss(
+        self, model: torch.nn.Module, images: np.ndarray, questions: list[str], p_yes: np.ndarray, prefix: str = ""
+    ) -> torch.Tensor:
         """Mean cross-entropy in nats, a scalar with gradient, of the answers to `questions` about `images` (as in `p_yes`)
         against P(yes) targets, float `[n]`. `model` is `training_view().model` as the trainer has wrapped it."""
         ...

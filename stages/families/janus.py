@@ -23,6 +23,12 @@ from stages.families.janus_training import JanusOverImages, looked_at
 from stages.families.memory import Memory
 
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
+CHAT_TEMPLATE = (  # for plain transformers; this file writes its turns itself
+    "{% for message in messages %}{{ '<|User|>' if message['role'] == 'user' else '<|Assistant|>' }}: "
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image_placeholder>\n"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|>:{% endif %}"
+)
 PAD = "<\uff5c\u2581pad\u2581\uff5c>"  # upstream's, with fullwidth bars and lower one eighth blocks
 DECODED_PIXELS = 1 << 20  # at once: the VQ decoder holds hundreds of numbers a pixel, gigabytes for seven images of 384 px
 YES = ("1", " 1", "yes", " yes", "Yes", " Yes", "YES", " YES")

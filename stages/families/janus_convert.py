@@ -31,6 +31,7 @@ from transformers import (
 from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
 
 from stages.common.runtime import UserError, run_stage
+from stages.families.janus import CHAT_TEMPLATE
 
 Weights = dict[str, torch.Tensor]
 HEAD_DIM = 64  # of the vision tower, siglip_large_patch16_384
@@ -146,14 +147,8 @@ def make_processor(folder: Path, image_size: int, image_tokens: int) -> JanusPro
         if name in fields
     }
     images = JanusImageProcessorPil(size={"height": image_size, "width": image_size}, **known)
-    template = (
-        "{% for message in messages %}{{ '<|User|>' if message['role'] == 'user' else '<|Assistant|>' }}: "
-        "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image_placeholder>\n"
-        "{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n\n{% endfor %}"
-        "{% if add_generation_prompt %}<|Assistant|>:{% endif %}"
-    )
     return JanusProcessor(
-        images, tokenizer, chat_template=template, use_default_system_prompt=True, num_image_tokens=image_tokens
+        images, tokenizer, chat_template=CHAT_TEMPLATE, use_default_system_prompt=True, num_image_tokens=image_tokens
     )
 
 

@@ -12,6 +12,7 @@ from transformers import (
 )
 from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
 
+from stages.families.janus import CHAT_TEMPLATE
 from stages.shapes.grammar import NUMBERS, RELATIONS
 from stages.shapes.scenes import CELL, COLOR_NAMES, GRID, SHAPES, SIZE, TEXTURES
 
@@ -63,13 +64,7 @@ def make_processor(image_size: int = SIZE, image_tokens: int = GRID * GRID) -> J
     images = JanusImageProcessorPil(
         size={"height": image_size, "width": image_size}, min_size=image_size, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
-    template = (
-        "{% for message in messages %}{{ '<|User|>' if message['role'] == 'user' else '<|Assistant|>' }}: "
-        "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image_placeholder>\n"
-        "{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n\n{% endfor %}"
-        "{% if add_generation_prompt %}<|Assistant|>:{% endif %}"
-    )
-    return JanusProcessor(images, fast, chat_template=template, num_image_tokens=image_tokens)
+    return JanusProcessor(images, fast, chat_template=CHAT_TEMPLATE, num_image_tokens=image_tokens)
 
 
 def make_config(processor: JanusProcessor, hidden: int = 128, layers: int = 4) -> JanusConfig:

@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 import subprocess
+from functools import cache
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -209,6 +210,7 @@ GPUS = 0 if settings.model.device == "cpu" else settings.model.workers or 1
 SECONDS = {"draw": 0.07, "judge": 0.02, "train": 0.02}
 
 
+@cache
 def prompt_count(name):
     """An upper bound, known before the prompts are."""
     chosen = getattr(settings.prompts, name)
@@ -236,14 +238,14 @@ def selected_images(wildcards):
     return prompt_count("train") * settings.generate.candidates
 
 
+def training_nodes(wildcards):
+    """With more than one the rule also sets `mpi`: the plugin cannot start a step with GPUs on several nodes, and so starts
+    the job in the batch step, from where the stage reaches every node by itself (stages/common/launch.py)."""
+    return settings.arm_train(NODES[wildcards.node].arm).nodes
+
+
 def training_processes(wildcards):
-    chosen = settings.arm_train(NODES[wildcards.node].arm)
-    return chosen.gpus * chosen.nodes
-
-
-# The plugin cannot start a step with GPUs on several nodes; with `mpi` it starts the job in the batch step, from where the
-# stage reaches every node by itself (stages/common/launch.py).
-SPREAD = {"tasks": settings.train.nodes, "tasks_per_gpu": 0, "mpi": "srun"} if settings.train.nodes > 1 else {}
+    return settings.arm_train(NODES[wildcards.node].arm).gpus * training_nodes(wildcards)
 
 
 def trained_rows(wildcards):

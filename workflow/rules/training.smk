@@ -96,9 +96,11 @@ rule train:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        **SPREAD,
         gpu=lambda wildcards: training_processes(wildcards) if GPUS else 0,
-        nodes=lambda wildcards: settings.arm_train(NODES[wildcards.node].arm).nodes,
+        nodes=training_nodes,
+        tasks=training_nodes,
+        tasks_per_gpu=0,
+        mpi=lambda wildcards: "srun" if training_nodes(wildcards) > 1 else "",
         mem_mb=megabytes(8),
         runtime=minutes("train", trained_rows, training_processes),
     params:
