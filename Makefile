@@ -19,7 +19,7 @@ run: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES)
 
 test: setup lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile
 
 # A real SLURM on this machine, with fake GPUs: root, and Debian's packages, which are installed where they are missing.
 cluster: setup

@@ -239,7 +239,7 @@ def selected_images(wildcards):
 
 
 def training_nodes(wildcards):
-    """With more than one the rule also sets `mpi`: the plugin cannot start a step with GPUs on several nodes, and so starts
+    """Where they are several, `mpi` is set as well: the plugin cannot start a step with GPUs on several nodes, and so starts
     the job in the batch step, from where the stage reaches every node by itself (stages/common/launch.py)."""
     return settings.arm_train(NODES[wildcards.node].arm).nodes
 
