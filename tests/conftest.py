@@ -77,6 +77,26 @@ def done(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     return result
 
 
+# Runs a command, then prints what it used. A process of its own, as a child's peak begins at what its parent holds.
+_USAGE = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:]).returncode
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime, used.ru_maxrss / 1000)
+sys.exit(code)
+"""
+
+
+def measured(*command: object) -> tuple[str, float, float]:
+    """What a command prints, its processor seconds and peak megabytes."""
+    result = subprocess.run(
+        [sys.executable, "-c", _USAGE, *map(str, command)], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    seconds, megabytes = result.stdout.splitlines()[-1].split()
+    return result.stdout, float(seconds), float(megabytes)
+
+
 def _train(arguments: list[str], log: Path) -> None:
     """A training in a process that has imported everything already; what it prints goes to `log`."""
     import torch
@@ -144,9 +164,23 @@ def prepare(folder: Path, drawn: Path, objective: str, epochs: int, **train) -> 
     return (*common, "--schedule", schedule)
 
 
-def train(arguments, folder, *more, run=done):
-    return run("train", *arguments, "--work", folder / "work", "--out", folder / "checkpoint",
-               "--metrics", folder / "training.parquet", *more)  # fmt: skip
+def outputs(folder: Path) -> tuple:
+    """The arguments of train that say where its outputs go."""
+    return ("--work", folder / "work", "--out", folder / "checkpoint", "--metrics", folder / "training.parquet")
+
+
+def train(arguments, folder: Path, *more) -> subprocess.CompletedProcess:
+    """A training in a forked process, and all that it printed."""
+    process = training(*arguments, *outputs(folder), *more, log=folder / "log")
+    process.join()
+    return subprocess.CompletedProcess(arguments, process.exitcode or 0, (folder / "log").read_text(), "")
+
+
+def trained(arguments, folder: Path, *more) -> str:
+    """A training that must succeed; returns what it printed."""
+    result = train(arguments, folder, *more)
+    assert result.returncode == 0, result.stdout
+    return result.stdout
 
 
 def losses(folder) -> dict[str, list[float]]:

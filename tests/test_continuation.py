@@ -11,27 +11,15 @@ import time
 import pytest
 import yaml
 
-from tests.conftest import ROOT, environment, losses, merged, prepare, refused, stage, training, wait_until
+from tests.conftest import ROOT, environment, losses, merged, outputs, prepare, refused, stage, trained, training, wait_until
 
 STEPS = 24
-
-
-def outputs(folder) -> tuple:
-    return ("--work", folder / "work", "--out", folder / "checkpoint", "--metrics", folder / "training.parquet")
 
 
 def step(log) -> int:
     """The last step that a training has told of."""
     found = re.findall(r"^step (\d+) of", log.read_text() if log.exists() else "", re.MULTILINE)
     return int(found[-1]) if found else 0
-
-
-def finished(arguments, folder, *more) -> str:
-    """A training that must succeed; returns what it printed."""
-    process = training(*arguments, *outputs(folder), *more, log=folder / "log")
-    process.join()
-    assert process.exitcode == 0, (folder / "log").read_text()
-    return (folder / "log").read_text()
 
 
 def stopped(arguments, folder, at: int, with_signal: signal.Signals, delay: float = 0.0) -> int:
@@ -54,7 +42,7 @@ def whole(drawn, tmp_path_factory):
     """An uninterrupted training of 24 steps, and its arguments."""
     folder = tmp_path_factory.mktemp("whole")
     arguments = prepare(folder, drawn, "sft", STEPS // 3, save_every_steps=3)
-    assert f"{STEPS} steps" in finished(arguments, folder)
+    assert f"{STEPS} steps" in trained(arguments, folder)
     return arguments, folder
 
 
@@ -63,7 +51,7 @@ def test_killed_at_ten_random_steps_it_ends_with_the_same_bytes(whole, tmp_path)
     generator = random.Random(0)
     for at in sorted(generator.sample(range(1, STEPS), 10)):
         assert stopped(arguments, tmp_path, at, signal.SIGKILL, generator.uniform(0, 0.1)) == -signal.SIGKILL
-    assert "from checkpoint-" in finished(arguments, tmp_path)
+    assert "from checkpoint-" in trained(arguments, tmp_path)
     equal(tmp_path, folder)
 
 
@@ -75,7 +63,7 @@ def test_a_stop_signal_saves_after_the_step_and_exits_with_75(number, whole, tmp
     reached = step(tmp_path / "log")
     assert f"stopped by a signal after step {reached}, saved" in text
     assert 4 <= reached < STEPS
-    assert f"from checkpoint-{reached}\n" in finished(arguments, tmp_path)
+    assert f"from checkpoint-{reached}\n" in trained(arguments, tmp_path)
     equal(tmp_path, folder)
 
 
@@ -92,15 +80,15 @@ def test_a_stop_signal_to_the_rules_whole_process_group_reaches_the_save(whole, 
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait() == 75
     assert "stopped by a signal" in log.read_text()
-    finished(arguments, tmp_path)
+    trained(arguments, tmp_path)
     equal(tmp_path, folder)
 
 
 def test_a_longer_schedule_goes_on_from_the_shorter_ones_end(whole, drawn, tmp_path):
     shorter = prepare(tmp_path / "shorter", drawn, "sft", STEPS // 6, save_every_steps=3)
     arguments, folder = whole
-    finished(shorter, tmp_path)
-    assert f"from checkpoint-{STEPS // 2}\n" in finished(arguments, tmp_path)
+    trained(shorter, tmp_path)
+    assert f"from checkpoint-{STEPS // 2}\n" in trained(arguments, tmp_path)
     equal(tmp_path, folder)
 
 
@@ -108,7 +96,7 @@ def test_another_global_batch_starts_at_the_base_model(whole, drawn, tmp_path):
     arguments, _ = whole
     stopped(arguments, tmp_path, 4, signal.SIGTERM)
     other = prepare(tmp_path / "other", drawn, "sft", 1, batch_size=4, micro_batch_size=4)
-    assert "from the base model" in finished(other, tmp_path)
+    assert "from the base model" in trained(other, tmp_path)
 
 
 def test_another_micro_batch_goes_on(whole, drawn, tmp_path):
@@ -116,7 +104,7 @@ def test_another_micro_batch_goes_on(whole, drawn, tmp_path):
     stopped(arguments, tmp_path, 4, signal.SIGTERM)
     config = tmp_path / "config.yaml"
     config.write_text((folder / "config.yaml").read_text().replace("micro_batch_size: 8", "micro_batch_size: 2"))
-    assert "from checkpoint-" in finished(("--config", config, *arguments[2:]), tmp_path)
+    assert "from checkpoint-" in trained(("--config", config, *arguments[2:]), tmp_path)
     assert losses(tmp_path)["loss"] == pytest.approx(losses(folder)["loss"], abs=1e-4)
 
 
@@ -127,7 +115,7 @@ def test_saves_at_a_time_interval(whole, tmp_path):
     config.write_text(yaml.safe_dump(merged(yaml.safe_load((folder / "config.yaml").read_text()), {"train": changes})))
     often = ("--config", config, *arguments[2:])
     assert stopped(often, tmp_path, 4, signal.SIGKILL) == -signal.SIGKILL
-    assert "from checkpoint-" in finished(often, tmp_path)
+    assert "from checkpoint-" in trained(often, tmp_path)
     for name in ("checkpoint/model.safetensors", "training.parquet"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
@@ -151,7 +139,7 @@ def test_a_full_disk_is_named_and_the_last_save_stays_whole(whole, tmp_path):
         refused(result, str(disk), "step 6", "are free there", "make room and run again")
         assert not (tmp_path / "checkpoint").exists()
         subprocess.run(["mount", "-o", f"remount,size={4 * one}", disk], check=True)
-        assert "from checkpoint-3\n" in finished(arguments, tmp_path)
+        assert "from checkpoint-3\n" in trained(arguments, tmp_path)
         equal(tmp_path, folder)
     finally:
         subprocess.run(["umount", disk], check=True)

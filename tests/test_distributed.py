@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import JanusForConditionalGeneration
 
-from tests.conftest import ROOT, environment, losses, prepare, refused, stage, train, wait_until
+from tests.conftest import ROOT, environment, losses, outputs, prepare, refused, train, trained, wait_until
 
 pytestmark = pytest.mark.distributed
 
@@ -25,8 +25,7 @@ def free_port() -> int:
 
 def launchers(arguments, folder, count: int) -> list[subprocess.Popen]:
     """The command that the rule runs, on each of `count` nodes that are this machine."""
-    outputs = ("--work", folder / "work", "--out", folder / "checkpoint", "--metrics", folder / "training.parquet")
-    command = [sys.executable, "-m", "stages.train", *map(str, (*arguments, *outputs))]
+    command = [sys.executable, "-m", "stages.train", *map(str, (*arguments, *outputs(folder)))]
     nodes = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} if count > 1 else {}
     return [
         subprocess.Popen(
@@ -56,7 +55,7 @@ CASES = [("sft", 2, {"nodes": 2}), ("dpo", 3, {"gpus": 2})]
 def test_two_processes_follow_one_and_go_on_after_a_stop(objective, zero_stage, where, drawn, tmp_path):
     alone, whole, halted = (tmp_path / name for name in ("alone", "whole", "halted"))
     epochs = 3 if objective == "sft" else 5
-    train(prepare(alone, drawn, objective, epochs), alone)
+    trained(prepare(alone, drawn, objective, epochs), alone)
     settings = {"zero_stage": zero_stage, "micro_batch_size": 2, **where}
     arguments, count = prepare(whole, drawn, objective, epochs, **settings), where.get("nodes", 1)
     ended(arguments, whole, count)
@@ -71,7 +70,7 @@ def test_two_processes_follow_one_and_go_on_after_a_stop(objective, zero_stage, 
     assert [process.wait() for process in started] == [75] * count, text(halted)
     assert not (halted / "checkpoint").exists()
     one = ("--config", alone / "config.yaml", *arguments[2:])
-    refused(train(one, halted, run=stage), "saved by 2 processes", f"ZeRO stage {zero_stage}", "set train.gpus")
+    refused(train(one, halted), "saved by 2 processes", f"ZeRO stage {zero_stage}", "set train.gpus")
     assert "from checkpoint-" in ended(arguments, halted, count)
 
     first, second, single = (load_file(folder / "checkpoint/model.safetensors") for folder in (whole, halted, alone))
@@ -88,4 +87,4 @@ def test_several_nodes_without_a_meeting_point_are_refused(drawn, tmp_path):
     arguments = prepare(tmp_path, drawn, "sft", 1, nodes=2, micro_batch_size=4)
     left = {name for name in os.environ if name.startswith(("SLURM_", "MASTER_"))}
     assert not left, "this test needs a shell outside of any allocation"
-    refused(train(arguments, tmp_path, run=stage), "train.nodes is 2", "SLURM allocation", "MASTER_ADDR")
+    refused(train(arguments, tmp_path), "train.nodes is 2", "SLURM allocation", "MASTER_ADDR")

@@ -8,21 +8,7 @@ import numpy as np
 import pytest
 
 from stages.common import manifests
-from tests.conftest import BENCHMARKS, ROOT, done, environment, write_config
-
-
-def peak_memory(*arguments: object) -> int:
-    """Bytes that `python -m stages.<arguments>` held at most."""
-    name, *rest = map(str, arguments)
-    script = (
-        "import resource, runpy, sys; sys.argv[:] = [sys.argv[1], *sys.argv[2:]]\n"
-        "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
-    )
-    command = [sys.executable, "-c", script, f"stages.{name}", *rest]
-    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return int(result.stdout.split()[-1])
+from tests.conftest import BENCHMARKS, ROOT, done, environment, measured, write_config
 
 
 def test_memory_of_generate_does_not_grow_with_the_number_of_prompts(tmp_path):
@@ -31,9 +17,10 @@ def test_memory_of_generate_does_not_grow_with_the_number_of_prompts(tmp_path):
         folder = tmp_path / str(count)
         config = write_config(folder, prompts={"train": {"count": count}}, generate={"candidates": 4, "batch_size": 200})
         done("prompts", "--config", config, "--set", "train", "--out", folder / "p.parquet")
-        peaks[count] = peak_memory("generate", "--config", config, "--prompts", folder / "p.parquet",
-                                   "--out", folder / "c.parquet", "--images", folder / "c.tar")  # fmt: skip
+        command = (sys.executable, "-m", "stages.generate", "--config", config, "--prompts", folder / "p.parquet")
+        _, _, peaks[count] = measured(*command, "--out", folder / "c.parquet", "--images", folder / "c.tar")
         assert len(manifests.read_rows(folder / "c.parquet", "candidates")) == 4 * count
+    print(peaks)
     assert peaks[1000] < 1.1 * peaks[100]
 
 

@@ -14,32 +14,29 @@ from stages.common import manifests, shards
 from stages.common.config import Train, load, validate
 from stages.families.checkpoints import checkpoint_hash
 from stages.families.janus import Janus
-from tests.conftest import SMALL, TINY, losses, prepare, refused, stage, train, training
+from tests.conftest import SMALL, TINY, losses, prepare, refused, train, trained
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
 def test_a_forked_segment_equals_the_uninterrupted_training_to_the_bit(objective, drawn, tmp_path):
     first, whole, forked = (tmp_path / name for name in ("first", "whole", "forked"))
-    train(prepare(first, drawn, objective, 1), first)
-    train(prepare(whole, drawn, objective, 2), whole)
-    result = train(prepare(forked, drawn, objective, 2), forked, "--continue", first / "work")
-    assert "from checkpoint-" in result.stdout
+    trained(prepare(first, drawn, objective, 1), first)
+    trained(prepare(whole, drawn, objective, 2), whole)
+    assert "from checkpoint-" in trained(prepare(forked, drawn, objective, 2), forked, "--continue", first / "work")
     for name in ("checkpoint/model.safetensors", "training.parquet"):
         assert (forked / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_without_the_parents_saves_it_starts_over_and_ends_the_same(drawn, tmp_path):
     whole, again = tmp_path / "whole", tmp_path / "again"
-    train(prepare(whole, drawn, "sft", 1), whole)
-    result = train(prepare(again, drawn, "sft", 1), again, "--continue", tmp_path / "deleted")
-    assert "from the base model" in result.stdout
+    trained(prepare(whole, drawn, "sft", 1), whole)
+    assert "from the base model" in trained(prepare(again, drawn, "sft", 1), again, "--continue", tmp_path / "deleted")
     assert (again / "checkpoint/model.safetensors").read_bytes() == (whole / "checkpoint/model.safetensors").read_bytes()
 
 
 def test_saves_of_other_settings_are_never_continued(drawn, tmp_path):
-    train(prepare(tmp_path, drawn, "sft", 1), tmp_path)
-    result = train(prepare(tmp_path, drawn, "sft", 1, learning_rate=1e-5), tmp_path)
-    assert "from the base model" in result.stdout
+    trained(prepare(tmp_path, drawn, "sft", 1), tmp_path)
+    assert "from the base model" in trained(prepare(tmp_path, drawn, "sft", 1, learning_rate=1e-5), tmp_path)
 
 
 LLM = ("model.language_model.layers.", "model.language_model.norm.")
@@ -63,22 +60,13 @@ TRAINABLE = [
 ]
 
 
-def child(arguments, folder, *more) -> str:
-    """A training in a forked process; what it printed."""
-    outputs = ("--work", folder / "work", "--out", folder / "checkpoint", "--metrics", folder / "training.parquet")
-    process = training(*arguments, *outputs, *more, log=folder / "log")
-    process.join()
-    assert process.exitcode == 0, (folder / "log").read_text()
-    return (folder / "log").read_text()
-
-
 def tensors(checkpoint) -> dict[str, torch.Tensor]:
     return load_file(checkpoint / "model.safetensors")
 
 
 @pytest.mark.parametrize(("settings", "objective", "prefixes"), TRAINABLE, ids=[str(row[0]) for row in TRAINABLE])
 def test_what_is_trainable_changes_and_nothing_else_does(settings, objective, prefixes, drawn, tmp_path):
-    child(prepare(tmp_path, drawn, objective, 1, **settings), tmp_path, "--scores", drawn / "scores.parquet")
+    trained(prepare(tmp_path, drawn, objective, 1, **settings), tmp_path, "--scores", drawn / "scores.parquet")
     before, after = tensors(TINY), tensors(tmp_path / "checkpoint")
     assert before.keys() == after.keys()
     if settings.get("precision") == "bfloat16":
@@ -94,7 +82,7 @@ def test_what_is_trainable_changes_and_nothing_else_does(settings, objective, pr
 
 
 def test_lora_trains_few_numbers_and_leaves_a_plain_checkpoint(drawn, tmp_path):
-    text = child(prepare(tmp_path, drawn, "dpo", 1, lora_rank=2), tmp_path)
+    text = trained(prepare(tmp_path, drawn, "dpo", 1, lora_rank=2), tmp_path)
     before, after = tensors(TINY), tensors(tmp_path / "checkpoint")
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -137,7 +125,7 @@ def expected_losses(model, base, family, rows, candidates, prompts, beta: float,
 def test_losses_equal_an_independent_reference(objective, drawn, tmp_path, tiny):
     beta, weight = 0.3, 0.7
     settings = {"save_every_steps": 1, "beta": beta, "nll_weight": weight, "micro_batch_size": 4}
-    child(prepare(tmp_path, drawn, objective, 1, **settings), tmp_path)
+    trained(prepare(tmp_path, drawn, objective, 1, **settings), tmp_path)
     candidates = {row["candidate_id"]: row for row in manifests.read_rows(drawn / "candidates.parquet", "candidates")}
     prompts = {row["prompt_id"]: row["prompt"] for row in manifests.read_rows(drawn / "prompts.parquet", "prompts")}
     schedule = manifests.read_rows(tmp_path / "schedule.parquet", "schedule")
@@ -175,18 +163,18 @@ def test_references_of_another_model_fail_the_first_step(drawn, tmp_path):
     rows = manifests.read_rows(tmp_path / "schedule.parquet", "schedule")
     rows = [row | {"reference_chosen": row["reference_chosen"] + 0.5} for row in rows]
     manifests.write(tmp_path / "schedule.parquet", "schedule", rows, stage="stages.schedule")
-    refused(train(arguments, tmp_path, run=stage), "the first sigmoid loss", "0.6931", "ln 2", "not the base model's")
+    refused(train(arguments, tmp_path), "the first sigmoid loss", "0.6931", "ln 2", "not the base model's")
     assert not list(tmp_path.glob("work/*/checkpoint-*"))
 
 
 @pytest.mark.parametrize(("loss", "first"), [("hinge", 1.0), ("ipo", 6.25)])
 def test_other_preference_losses_begin_at_their_own_value(loss, first, drawn, tmp_path):
-    child(prepare(tmp_path, drawn, "dpo", 1, dpo_loss=loss, beta=0.2, nll_weight=0.0), tmp_path)
+    trained(prepare(tmp_path, drawn, "dpo", 1, dpo_loss=loss, beta=0.2, nll_weight=0.0), tmp_path)
     assert losses(tmp_path)["loss"][0] == pytest.approx(first, abs=1e-3)
 
 
 def test_metrics_of_every_step(drawn, tmp_path):
-    child(prepare(tmp_path, drawn, "dpo", 1), tmp_path)
+    trained(prepare(tmp_path, drawn, "dpo", 1), tmp_path)
     names = {"logps/chosen", "logps/rejected", "rewards/margins", "rewards/accuracies", "nll", "grad_norm", "learning_rate"}
     found = losses(tmp_path)
     assert names <= found.keys()
@@ -197,7 +185,7 @@ def test_metrics_of_every_step(drawn, tmp_path):
 
 
 def test_the_card_says_what_is_needed_to_train_it_again(drawn, tmp_path):
-    child(prepare(tmp_path, drawn, "sft", 1), tmp_path)
+    trained(prepare(tmp_path, drawn, "sft", 1), tmp_path)
     text = (tmp_path / "checkpoint/README.md").read_text()
     facts = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
     assert validate(facts["config"]) == load(tmp_path / "config.yaml")
@@ -238,7 +226,7 @@ def test_an_anchored_judge_forgets_less(drawn, tmp_path):
         folder = tmp_path / str(weight)
         hard = {"learning_rate": 3e-3, "warmup_steps": 10, "save_every_steps": 1000}  # enough to ruin a judge
         arguments = prepare(folder, drawn, "sft", 30, judge_anchor_weight=weight, **hard)
-        child(arguments, folder, "--scores", drawn / "scores.parquet")
+        trained(arguments, folder, "--scores", drawn / "scores.parquet")
         after, _ = Janus.load(folder / "checkpoint").p_yes(images, questions)
         drift[weight] = np.abs(after - before).mean()
     assert drift[1.0] < 0.7 * drift[0.0], drift
@@ -247,7 +235,7 @@ def test_an_anchored_judge_forgets_less(drawn, tmp_path):
 
 
 def test_an_anchor_without_scores_is_refused(drawn, tmp_path):
-    refused(train(prepare(tmp_path, drawn, "sft", 1, judge_anchor_weight=0.5), tmp_path, run=stage), "judge_anchor", "--scores")
+    refused(train(prepare(tmp_path, drawn, "sft", 1, judge_anchor_weight=0.5), tmp_path), "judge_anchor", "--scores")
 
 
 def test_accumulation_follows_from_batch_micro_batch_and_processes():
@@ -262,12 +250,12 @@ def test_a_foreign_reference_is_refused(drawn, tmp_path):
     rows = manifests.read_rows(tmp_path / "schedule.parquet", "schedule")
     rows = [row | {"reference_checkpoint": "0" * 16} for row in rows]
     manifests.write(tmp_path / "schedule.parquet", "schedule", rows, stage="stages.schedule")
-    refused(train(arguments, tmp_path, run=stage), "reference_checkpoint", "run stages.reference")
+    refused(train(arguments, tmp_path), "reference_checkpoint", "run stages.reference")
     assert not (tmp_path / "checkpoint").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_leaves_no_checkpoint(drawn, tmp_path):
     arguments = prepare(tmp_path, drawn, "sft", 2, learning_rate=1e30, max_grad_norm=1e30, warmup_steps=0)
-    refused(train(arguments, tmp_path, run=stage), "not finite", "lower train.learning_rate")
+    refused(train(arguments, tmp_path), "not finite", "lower train.learning_rate")
     assert not (tmp_path / "checkpoint").exists()
     assert not (tmp_path / "training.parquet").exists()

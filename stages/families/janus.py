@@ -30,7 +30,8 @@ CHAT_TEMPLATE = (  # for plain transformers; this file writes its turns itself
     "{% if add_generation_prompt %}<|Assistant|>:{% endif %}"
 )
 PAD = "<\uff5c\u2581pad\u2581\uff5c>"  # upstream's, with fullwidth bars and lower one eighth blocks
-DECODED_PIXELS = 1 << 20  # at once: the VQ decoder holds hundreds of numbers a pixel, gigabytes for seven images of 384 px
+# At once: the VQ decoder holds hundreds of numbers a pixel, gigabytes for seven images of 384 px.
+DECODED_PIXELS = {"cpu": 1 << 16, "cuda": 1 << 20}
 YES = ("1", " 1", "yes", " yes", "Yes", " Yes", "YES", " YES")
 NO = ("0", " 0", "no", " no", "No", " No", "NO", " NO")
 
@@ -148,7 +149,7 @@ class Janus:
 
     def _decode(self, tokens: torch.Tensor) -> np.ndarray:
         """Codes int64 `[n, t]` to pictures uint8 `[n, h, w, 3]`; the VQ decoder's output is in [-1, 1]."""
-        at_once = max(1, min(64, DECODED_PIXELS // self.model.config.vision_config.image_size**2))
+        at_once = max(1, min(64, DECODED_PIXELS[self.model.device.type] // self.model.config.vision_config.image_size**2))
         pixels = torch.cat([self.model.decode_image_tokens(part) for part in tokens.split(at_once)])
         return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
 
