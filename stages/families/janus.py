@@ -147,6 +147,7 @@ class Janus:
             sampling.temperature,
         )
 
+    @torch.no_grad()
     def _decode(self, tokens: torch.Tensor) -> np.ndarray:
         """Codes int64 `[n, t]` to pictures uint8 `[n, h, w, 3]`; the VQ decoder's output is in [-1, 1]."""
         at_once = max(1, min(64, DECODED_PIXELS[self.model.device.type] // self.model.config.vision_config.image_size**2))
