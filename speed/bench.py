@@ -85,7 +85,7 @@ def compare(
 
 def report(name: str, arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     """Print the table; write the JSON where --out is given."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     facts = {
         "benchmark": name,
         "config": arguments.config,

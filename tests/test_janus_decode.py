@@ -6,6 +6,7 @@ import torch
 
 from stages.families.base import Sampling
 from stages.families.janus import Janus
+from stages.families.linears import packed_linears
 from stages.families.memory import Memory
 from tests.conftest import TINY
 from tests.test_janus import head_outputs, seeds
@@ -113,3 +114,15 @@ def test_pixels_on_the_device_are_the_processors(tiny):
 def test_pictures_of_another_size_go_through_the_processor(tiny):
     images = np.full((2, 48, 80, 3), 200, dtype=np.uint8)
     assert tiny._pixels(images).shape == (2, 3, 64, 64)
+
+
+def test_packed_linears_compute_the_same_and_only_inside():
+    layers = torch.nn.Sequential(torch.nn.Linear(48, 33), torch.nn.Linear(33, 5, bias=False))
+    inputs = torch.randn(2, 7, 96)[..., ::2]
+    with torch.no_grad():
+        expected = layers(inputs)
+        with packed_linears(layers):
+            if torch.backends.mkldnn.is_available():
+                assert all("forward" in vars(layer) for layer in layers)
+            torch.testing.assert_close(layers(inputs), expected, rtol=0, atol=1e-6)
+    assert not any("forward" in vars(layer) for layer in layers)

@@ -20,6 +20,7 @@ from stages.families.base import Drawn, Sampling, TrainingView
 from stages.families.checkpoints import require_model_type
 from stages.families.janus_decode import cache_bytes, decode, head_dim
 from stages.families.janus_training import JanusOverImages, looked_at
+from stages.families.linears import packed_linears
 from stages.families.memory import Memory
 
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
@@ -116,12 +117,14 @@ class Janus:
         draws = torch.from_numpy(uniforms(seeds, self.image_length)).to(self.device)
         ids = [tuple(self._prompt_ids(prompt)) for prompt in prompts]
         columns = max(map(len, ids)) + self.image_length
-        cached = cache_bytes(self.model.config.text_config, columns, self.model.dtype)
+        llm = self.model.model.language_model
+        cached = cache_bytes(llm.config, columns, self.model.dtype)
         logits = 24 * self.model.config.vq_config.num_embeddings  # sampling's float64 and float32 copies
         rows = 2 if sampling.guidance_scale != 1.0 else 1
 
         def some(part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            tokens, log_probabilities = self._sample(ids[part], draws[part], sampling)
+            with packed_linears(llm, self.model.model.generation_head, self.model.model.generation_aligner):
+                tokens, log_probabilities = self._sample(ids[part], draws[part], sampling)
             return self._decode(tokens), tokens.cpu().numpy(), log_probabilities.cpu().numpy()
 
         parts = self.memory.pieces(len(prompts), rows * (cached + logits), some)
@@ -232,7 +235,8 @@ class Janus:
             return (yes / (yes + no)).cpu().numpy(), (1 - yes - no).clamp(min=0).cpu().numpy()
 
         tokens = self.processor.num_image_tokens + max(len(question) for question in questions)  # at most
-        parts = self.memory.pieces(len(questions), self._activation_bytes(tokens), some)
+        with packed_linears(self.model):
+            parts = self.memory.pieces(len(questions), self._activation_bytes(tokens), some)
         yes, neither = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return yes, neither
 
