@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from tests import slurm_cluster as cluster
-from tests.conftest import ROOT, SMALL, environment, merged, stage
+from tests.conftest import ROOT, SMALL, environment, losses, merged, stage
 from tests.test_workflow import SOURCES, edited, ended, manifests_of, rerun
 
 pytestmark = pytest.mark.slurm
@@ -236,6 +236,7 @@ def jobs_of(folder: Path, rule: str) -> list[dict[str, str]]:
     return [entry for entry in found if f"{folder}/.snakemake/slurm_logs/rule_{rule}/" in entry["StdOut"]]
 
 
+@pytest.mark.faults
 def test_every_fault_was_met_and_the_run_ended_by_itself(disturbed):
     saboteur, output = disturbed
     assert not saboteur.faults
@@ -245,18 +246,21 @@ def test_every_fault_was_met_and_the_run_ended_by_itself(disturbed):
     assert "Cancelling SLURM jobs of a former run" in output
 
 
+@pytest.mark.faults
 def test_the_disturbed_run_ends_with_the_files_of_a_local_run(disturbed, local):
     saboteur, _ = disturbed
     assert manifests_of(saboteur.folder) == manifests_of(local)
     assert not list(saboteur.folder.glob("results/**/*.partial"))
 
 
+@pytest.mark.faults
 def test_no_finished_shard_was_drawn_again(disturbed):
     saboteur, _ = disturbed
     assert saboteur.finished
     assert all(path.stat().st_ino == file for path, file in saboteur.finished.items())
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("fault", "shard"), [("cancel", "0000"), ("kill", "0001")])
 def test_a_shard_goes_on_where_it_was(disturbed, fault, shard):
     saboteur, _ = disturbed
@@ -264,6 +268,7 @@ def test_a_shard_goes_on_where_it_was(disturbed, fault, shard):
     assert int(re.findall(r"of (\d+) batches", log)[-1]) <= BATCHES - saboteur.kept[fault]
 
 
+@pytest.mark.faults
 def test_jobs_ran_where_they_belong_and_saw_the_gpus_they_asked_for(disturbed):
     saboteur, _ = disturbed
     assert {payload.stage for payload in saboteur.seen.values()} >= {"generate", "score", "train", "judge"}
@@ -277,6 +282,7 @@ def test_jobs_ran_where_they_belong_and_saw_the_gpus_they_asked_for(disturbed):
         assert entry["TresPerJob"] == "gres:gpu:1"
 
 
+@pytest.mark.faults
 def test_a_second_attempt_asks_for_more(disturbed):
     saboteur, _ = disturbed
     first, *_, second = [entry for entry in jobs_of(saboteur.folder, "generate") if "/base_train_0000/" in entry["StdOut"]]
@@ -284,6 +290,7 @@ def test_a_second_attempt_asks_for_more(disturbed):
     assert int(second["MinMemoryNode"].rstrip("M")) == 2 * int(first["MinMemoryNode"].rstrip("M"))
 
 
+@pytest.mark.faults
 def test_a_second_run_in_one_folder_is_refused(disturbed):
     saboteur, _ = disturbed
     assert saboteur.second.wait() == 1
@@ -326,6 +333,15 @@ def test_a_shard_that_fails_for_good_stops_only_what_depends_on_it(source, local
     end = output[output.rindex("Exiting because a job execution failed") :]
     assert re.search(r"failed: c-sft/scores/base-evaluation/0001.parquet.*cut short or broken", end)
     assert "failed: c-sft/scores/base-evaluation/0001.parquet" in stage("status", results).stdout
+
+
+def test_training_on_two_nodes_follows_one_process(source, local, tmp_path):
+    folder, trained = prepared(tmp_path / "run", {"train": {"nodes": 2, "micro_batch_size": 4}}), "results/small/c-sft-epoch1"
+    code, output = snakemake(source, folder, f"{trained}/checkpoint/model.safetensors")
+    assert code == 0, output
+    entry = jobs_of(folder, "train")[-1]
+    assert (entry["JobState"], entry["NumNodes"], entry["TresPerJob"]) == ("COMPLETED", "2", "gres:gpu:2")
+    assert losses(folder / trained)["loss"] == pytest.approx(losses(local / trained)["loss"], abs=1e-4)
 
 
 ONE_SHARD = "results/small/base/candidates/evaluation/0000.parquet"
