@@ -17,9 +17,9 @@ def packed_linear(weight: torch.Tensor, bias: torch.Tensor | None, inputs: torch
 def packed_linears(*modules: torch.nn.Module) -> Iterator[None]:
     """On a CPU let oneDNN compute every float32 `nn.Linear` inside, from weights in its own layout; no gradients.
 
-    For plain weights torch calls MKL, which leaves AVX-512 unused on processors of other makers than Intel: 150 against 460
-    GFLOP/s for 80 rows on two cores of an AMD EPYC. Costs a copy of the weights while the context lasts. The operators are
-    those that torch.compile freezes linear layers to; sums round as float32 does, in another order.
+    For plain weights torch calls MKL, which is several times slower on AMD's processors. Costs a copy of the weights while
+    the context lasts. The operators are those that torch.compile freezes linear layers to; sums are float32's, in another
+    order.
     """
     linears = [
         linear
