@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (  # for plain transformers; this file writes its turns itself
 )
 PAD = "<\uff5c\u2581pad\u2581\uff5c>"  # upstream's, with fullwidth bars and lower one eighth blocks
 # At once: the VQ decoder holds hundreds of numbers a pixel, gigabytes for seven images of 384 px.
-DECODED_PIXELS = {"cpu": 1 << 16, "cuda": 1 << 20}
+DECODED_PIXELS_CPU, DECODED_PIXELS = 1 << 16, 1 << 20
 YES = ("1", " 1", "yes", " yes", "Yes", " Yes", "YES", " YES")
 NO = ("0", " 0", "no", " no", "No", " No", "NO", " NO")
 
@@ -153,7 +153,8 @@ class Janus:
     @torch.no_grad()
     def _decode(self, tokens: torch.Tensor) -> np.ndarray:
         """Codes int64 `[n, t]` to pictures uint8 `[n, h, w, 3]`; the VQ decoder's output is in [-1, 1]."""
-        at_once = max(1, min(64, DECODED_PIXELS[self.model.device.type] // self.model.config.vision_config.image_size**2))
+        pixels_at_once = DECODED_PIXELS_CPU if self.device.type == "cpu" else DECODED_PIXELS
+        at_once = max(1, min(64, pixels_at_once // self.model.config.vision_config.image_size**2))
         pixels = torch.cat([self.model.decode_image_tokens(part) for part in tokens.split(at_once)])
         return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
 
