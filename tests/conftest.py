@@ -77,6 +77,11 @@ def done(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     return result
 
 
+def call(folder: Path, *arguments: object) -> list[str]:
+    """The command line of snakemake on the configuration in a folder, with its results there."""
+    return ["snakemake", "--directory", str(folder), "--configfile", str(folder / "config.yaml"), *map(str, arguments)]
+
+
 # Runs a command, then prints what it used. A process of its own, as a child's peak begins at what its parent holds.
 _USAGE = """
 import resource, subprocess, sys
@@ -173,7 +178,7 @@ def train(arguments, folder: Path, *more) -> subprocess.CompletedProcess:
     """A training in a forked process, and all that it printed."""
     process = training(*arguments, *outputs(folder), *more, log=folder / "log")
     process.join()
-    return subprocess.CompletedProcess(arguments, process.exitcode or 0, (folder / "log").read_text(), "")
+    return subprocess.CompletedProcess(arguments, process.exitcode, (folder / "log").read_text(), "")
 
 
 def trained(arguments, folder: Path, *more) -> str:

@@ -87,11 +87,16 @@ def score(folder, *more) -> subprocess.CompletedProcess:
                  "--candidates", folder / "candidates.parquet", "--out", folder / "scores.parquet", *more)  # fmt: skip
 
 
+def not_scored(folder, *words: str, checkpoint=None) -> None:
+    """Refused, and no output left."""
+    refused(score(folder, *(("--checkpoint", checkpoint) if checkpoint else ())), *words)
+    assert not (folder / "scores.parquet").exists()
+
+
 def test_a_missing_column(copy):
     table = pq.read_table(copy / "candidates.parquet")
     pq.write_table(table.drop_columns(["offset"]), copy / "candidates.parquet")
-    refused(score(copy), "candidates.parquet", "'offset'", "missing", "run again")
-    assert not (copy / "scores.parquet").exists()
+    not_scored(copy, "candidates.parquet", "'offset'", "missing", "run again")
 
 
 def test_a_column_of_another_type(copy):
@@ -99,33 +104,31 @@ def test_a_column_of_another_type(copy):
     place = table.column_names.index("offset")
     table = table.set_column(place, "offset", [["first"] * len(table)])
     pq.write_table(table, copy / "candidates.parquet")
-    refused(score(copy), "candidates.parquet", "'offset'", "string")
+    not_scored(copy, "candidates.parquet", "'offset'", "string")
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
 def test_a_truncated_manifest(copy, keep):
     path = copy / "candidates.parquet"
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
-    refused(score(copy), "candidates.parquet", "not a readable Parquet file", "delete it and run again")
-    assert not (copy / "scores.parquet").exists()
+    not_scored(copy, "candidates.parquet", "not a readable Parquet file", "delete it and run again")
 
 
 def test_an_image_shard_cut_in_half(copy):
     path = copy / "candidates.tar"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    refused(score(copy), "candidates.tar", "cut short or broken", "run again")
-    assert not (copy / "scores.parquet").exists()
+    not_scored(copy, "candidates.tar", "cut short or broken", "run again")
 
 
 def test_a_missing_image_shard(copy):
     (copy / "candidates.tar").unlink()
-    refused(score(copy), "candidates.tar", "no such image shard")
+    not_scored(copy, "candidates.tar", "no such image shard")
 
 
 def test_prompts_of_another_set(copy):
     table = pq.read_table(copy / "prompts.parquet")
     pq.write_table(table.slice(0, 3), copy / "prompts.parquet")
-    refused(score(copy), "prompts.parquet", "prompt_id")
+    not_scored(copy, "prompts.parquet", "prompt_id")
 
 
 def checkpoint(folder, **changes):
@@ -137,22 +140,21 @@ def checkpoint(folder, **changes):
 
 def test_a_checkpoint_of_another_family(copy):
     other = checkpoint(copy / "other", model_type="showo")
-    refused(score(copy, "--checkpoint", other), "config.json", "'showo'", "model.family")
-    assert not (copy / "scores.parquet").exists()
+    not_scored(copy, "config.json", "'showo'", "model.family", checkpoint=other)
 
 
 def test_a_checkpoint_with_a_pickle_only(copy):
     other = checkpoint(copy / "other")
     (other / "model.safetensors").unlink()
     torch.save({}, other / "pytorch_model.bin")
-    refused(score(copy, "--checkpoint", other), "pytorch_model.bin", "pickle", "safetensors")
+    not_scored(copy, "pytorch_model.bin", "pickle", "safetensors", checkpoint=other)
 
 
 def test_a_truncated_checkpoint(copy):
     other = checkpoint(copy / "other")
     path = other / "model.safetensors"
     path.write_bytes(path.read_bytes()[:100_000])
-    refused(score(copy, "--checkpoint", other), str(other), "does not load")
+    not_scored(copy, str(other), "does not load", checkpoint=other)
 
 
 def test_an_unknown_arm(copy):
@@ -160,6 +162,7 @@ def test_an_unknown_arm(copy):
     result = stage("pairs", "--config", copy / "config.yaml", "--arm", "sfft", "--candidates", copy / "candidates.parquet",
                    "--scores", copy / "scores.parquet", *files)  # fmt: skip
     refused(result, "sfft", "sft, dpo, c-sft")
+    assert not (copy / "p.parquet").exists()
 
 
 def test_nothing_accepted_says_which_threshold(copy):
@@ -177,6 +180,7 @@ def test_a_shard_that_is_none(copy, shard):
     result = stage("generate", "--config", copy / "config.yaml", "--prompts", copy / "prompts.parquet", f"--shard={shard}",
                    "--out", copy / "n.parquet", "--images", copy / "n.tar")  # fmt: skip
     refused(result, "--shard")
+    assert not (copy / "n.parquet").exists()
 
 
 @pytest.fixture

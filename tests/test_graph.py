@@ -8,11 +8,7 @@ import yaml
 
 from stages.common.config import load
 from stages.status import jobs
-from tests.conftest import ROOT, TINY, environment, measured, merged, stage, write_config
-
-
-def call(folder: Path, *arguments: object) -> list[str]:
-    return ["snakemake", "--directory", str(folder), "--configfile", str(folder / "config.yaml"), *map(str, arguments)]
+from tests.conftest import ROOT, TINY, call, environment, measured, merged, stage, write_config
 
 
 def snakemake(folder: Path, *arguments: object) -> subprocess.CompletedProcess:

@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from tests import slurm_cluster as cluster
-from tests.conftest import ROOT, SMALL, environment, losses, merged, stage
+from tests.conftest import ROOT, SMALL, call, environment, losses, merged, stage
 from tests.test_workflow import SOURCES, edited, ended, manifests_of, rerun
 
 pytestmark = pytest.mark.slurm
@@ -66,11 +66,11 @@ def prepared(folder: Path, changes: dict | None = None) -> Path:
 
 def start(source: Path, folder: Path, *more: object) -> subprocess.Popen:
     """snakemake in the background, its output in a file: a plugin that waits for ever must not hold the tests."""
-    command = ["timeout", "-k", 10, 900, "snakemake", "--configfile", folder / "config.yaml", "--directory", folder]
+    command = ["timeout", "-k", "10", "900", *call(folder, "--profile", "slurm", *more)]
     with (folder / "output").open("a") as output:
         return subprocess.Popen(
-            [str(part) for part in [*command, "--profile", "slurm", *more]],
-            cwd=source, env=environment() | {"PYTHONPATH": str(source)}, stdout=output, stderr=output, start_new_session=True,
+            command, cwd=source, env=environment() | {"PYTHONPATH": str(source)}, start_new_session=True,
+            stdout=output, stderr=output,
         )  # fmt: skip
 
 
@@ -217,9 +217,8 @@ def disturbed(source, tmp_path_factory):
 @pytest.fixture(scope="module")
 def local(source, tmp_path_factory):
     folder = prepared(tmp_path_factory.mktemp("local"))
-    command = ["snakemake", "--cores", "2", "--directory", folder, "--configfile", folder / "config.yaml"]
     result = subprocess.run(
-        command, cwd=source, env=environment() | {"PYTHONPATH": str(source)}, capture_output=True, text=True
+        call(folder, "--cores", 2), cwd=source, env=environment() | {"PYTHONPATH": str(source)}, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return folder

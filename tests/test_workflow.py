@@ -18,13 +18,9 @@ import pytest
 from PIL import Image
 
 from stages.common.manifests import SCHEMAS, content_hash
-from tests.conftest import ROOT, environment, write_config
+from tests.conftest import ROOT, call, environment, write_config
 
 SOURCES = ("Snakefile", "workflow", "stages", "profiles", "envs", "README.md")
-
-
-def call(folder: Path, *arguments: object) -> list[str]:
-    return ["snakemake", "--directory", str(folder), "--configfile", str(folder / "config.yaml"), *map(str, arguments)]
 
 
 def snakemake(folder: Path, *arguments: object, source: Path = ROOT) -> str:

@@ -123,11 +123,11 @@ class Janus:
         rows = 2 if sampling.guidance_scale != 1.0 else 1
 
         def some(part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            with packed_linears(llm, self.model.model.generation_head, self.model.model.generation_aligner):
-                tokens, log_probabilities = self._sample(ids[part], draws[part], sampling)
+            tokens, log_probabilities = self._sample(ids[part], draws[part], sampling)
             return self._decode(tokens), tokens.cpu().numpy(), log_probabilities.cpu().numpy()
 
-        parts = self.memory.pieces(len(prompts), rows * (cached + logits), some)
+        with packed_linears(llm, self.model.model.generation_head, self.model.model.generation_aligner):
+            parts = self.memory.pieces(len(prompts), rows * (cached + logits), some)
         return Drawn(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
     def _sample(self, ids: list[tuple[int, ...]], draws: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,18 +17,19 @@ def packed_linear(weight: torch.Tensor, bias: torch.Tensor | None, inputs: torch
 def packed_linears(*modules: torch.nn.Module) -> Iterator[None]:
     """On a CPU let oneDNN compute every float32 `nn.Linear` inside, from weights in its own layout; no gradients.
 
-    For plain weights torch calls MKL, which is several times slower on AMD's processors. Costs a copy of the weights while
-    the context lasts. The operators are those that torch.compile freezes linear layers to; sums are float32's, in another
+    For plain weights torch calls MKL, which was the slower one on an AMD EPYC. Costs a copy of the weights while the context
+    lasts. The operators are those that torch.compile freezes linear layers to; sums are float32's, in another
     order.
     """
     linears = [
         linear
         for module in modules
         for linear in module.modules()
-        if type(linear) is torch.nn.Linear and linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32
+        if torch.backends.mkldnn.is_available()
+        and type(linear) is torch.nn.Linear
+        and linear.weight.device.type == "cpu"
+        and linear.weight.dtype == torch.float32
     ]
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        linears = []
     for linear in linears:
         weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         linear.forward = partial(packed_linear, weight, None if linear.bias is None else linear.bias.detach())

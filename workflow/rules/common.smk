@@ -239,8 +239,6 @@ def selected_images(wildcards):
 
 
 def training_nodes(wildcards):
-    """Where they are several, `mpi` is set as well: the plugin cannot start a step with GPUs on several nodes, and so starts
-    the job in the batch step, from where the stage reaches every node by itself (stages/common/launch.py)."""
     return settings.arm_train(NODES[wildcards.node].arm).nodes
 
 

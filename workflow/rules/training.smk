@@ -3,6 +3,9 @@
 A node continues its parent bit-exactly from the trainer's own saves in work/, which are no declared outputs: a retry finds
 them, and deleting the folder costs time, nothing else. A training that is told to stop saves and ends; the shell and tee
 around it ignore that signal, so that they live as long as it does.
+
+SLURM's plugin cannot start a step with GPUs on several nodes; `mpi` makes it start the job in the batch step, from where the
+stage reaches every node by itself (stages/common/launch.py).
 """
 
 
