@@ -12,16 +12,17 @@ from tests.conftest import BENCHMARKS, ROOT, done, environment, measured, write_
 
 
 def test_memory_of_generate_does_not_grow_with_the_number_of_prompts(tmp_path):
+    exact = ("env", "MALLOC_MMAP_THRESHOLD_=65536", "MALLOC_ARENA_MAX=1")  # what is freed is returned: no noise of the heap
     peaks = {}
     for count in (100, 1000):
         folder = tmp_path / str(count)
-        config = write_config(folder, prompts={"train": {"count": count}}, generate={"candidates": 4, "batch_size": 200})
+        config = write_config(folder, prompts={"train": {"count": count}}, generate={"candidates": 4, "batch_size": 50})
         done("prompts", "--config", config, "--set", "train", "--out", folder / "p.parquet")
-        command = (sys.executable, "-m", "stages.generate", "--config", config, "--prompts", folder / "p.parquet")
+        command = (*exact, sys.executable, "-m", "stages.generate", "--config", config, "--prompts", folder / "p.parquet")
         _, _, peaks[count] = measured(*command, "--out", folder / "c.parquet", "--images", folder / "c.tar")
         assert len(manifests.read_rows(folder / "c.parquet", "candidates")) == 4 * count
     print(peaks)
-    assert peaks[1000] < 1.1 * peaks[100]
+    assert peaks[1000] < 1.05 * peaks[100]  # the images alone would be 8 %
 
 
 def test_two_processes_share_a_shard_and_write_the_same_files(drawn, tmp_path):

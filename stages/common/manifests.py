@@ -20,6 +20,8 @@ import pyarrow.parquet as pq
 from stages.common.code import code
 from stages.common.runtime import UserError, whole_file
 
+pa.set_memory_pool(pa.system_memory_pool())  # one allocator a process: what Arrow frees, torch can use
+
 TEXT, INTEGER, REAL, TRUTH = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 
 # kind -> column -> (type, whether it may be null)
