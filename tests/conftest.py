@@ -82,6 +82,12 @@ def call(folder: Path, *arguments: object) -> list[str]:
     return ["snakemake", "--directory", str(folder), "--configfile", str(folder / "config.yaml"), *map(str, arguments)]
 
 
+def snakemake(folder: Path, *arguments: object, source: Path = ROOT) -> subprocess.CompletedProcess:
+    """That command, run in a clone of the project."""
+    here = environment() | {"PYTHONPATH": str(source)}
+    return subprocess.run(call(folder, *arguments), cwd=source, env=here, capture_output=True, text=True)
+
+
 # Runs a command, then prints what it used. A process of its own, as a child's peak begins at what its parent holds.
 _USAGE = """
 import resource, subprocess, sys

@@ -11,20 +11,8 @@ from contextlib import suppress
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 
-from tests.conftest import ROOT, SMALL, TINY, environment, merged, refused, stage, write_config
-
-
-def workflow(folder, fields) -> subprocess.CompletedProcess:
-    """`snakemake -n` on a configuration."""
-    path = folder / "bad.yaml"
-    path.write_text(fields if isinstance(fields, str) else yaml.safe_dump(merged(SMALL, fields)))
-    return subprocess.run(
-        ["snakemake", "-n", "-s", ROOT / "Snakefile", "--directory", folder, "--configfile", path],
-        env=environment(), capture_output=True, text=True,
-    )  # fmt: skip
-
+from tests.conftest import ROOT, TINY, environment, refused, snakemake, stage, write_config
 
 CONFIGURATIONS = [
     ({"train": {"lerning_rate": 1e-4}}, ["train.lerning_rate", "did you mean 'learning_rate'"]),
@@ -49,16 +37,19 @@ CONFIGURATIONS = [
 @pytest.mark.parametrize(("changes", "words"), CONFIGURATIONS, ids=[" ".join(words[:1]) for _, words in CONFIGURATIONS])
 def test_a_wrong_setting_is_named_by_stages(changes, words, tmp_path):
     config = write_config(tmp_path, **changes)
-    result = stage("prompts", "--config", config, "--set", "train", "--out", tmp_path / "out.parquet")
+    out = tmp_path / "prompts.parquet"
+    result = stage("prompts", "--config", config, "--set", "train", "--out", out)
     if "checkpoint" in words[-1]:  # prompts needs no model
-        result = stage("generate", "--config", config, "--prompts", tmp_path / "out.parquet", "--out", tmp_path / "c.parquet",
-                       "--images", tmp_path / "c.tar")  # fmt: skip
+        prompts, out = out, tmp_path / "candidates.parquet"
+        result = stage("generate", "--config", config, "--prompts", prompts, "--out", out, "--images", tmp_path / "images.tar")
     refused(result, *words)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(("changes", "words"), [CONFIGURATIONS[0], CONFIGURATIONS[2], CONFIGURATIONS[-1]])
 def test_a_wrong_setting_is_named_by_the_workflow(changes, words, tmp_path):
-    refused(workflow(tmp_path, changes), *words)
+    write_config(tmp_path, **changes)
+    refused(snakemake(tmp_path, "-n"), *words)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +61,7 @@ def test_a_configuration_that_is_none(text, words, tmp_path):
         (tmp_path / "config.yaml").write_text(text)
     result = stage("prompts", "--config", tmp_path / "config.yaml", "--set", "train", "--out", tmp_path / "out.parquet")
     refused(result, *words)
+    assert not (tmp_path / "out.parquet").exists()
 
 
 @pytest.fixture
@@ -228,9 +220,8 @@ def test_a_results_folder_that_cannot_be_written(tmp_path, options, words):
     try:
         with suppress(OSError):
             (results / "ballast").write_bytes(b"0" * 65536)
-        command = ["snakemake", "--cores", "1", "--directory", tmp_path, "--configfile", write_config(tmp_path)]
-        result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-        refused(result, "run_config.yaml", words, "permissions and free space")
+        write_config(tmp_path)
+        refused(snakemake(tmp_path, "--cores", 1), "run_config.yaml", words, "permissions and free space")
     finally:
         subprocess.run(["umount", results], check=True)
 

@@ -1,18 +1,13 @@
 """The workflow at scale: a graph of 5,000 jobs, how it is read, and the status that is told from its files."""
 
 import subprocess
-from pathlib import Path
 
 import pytest
 import yaml
 
 from stages.common.config import load
 from stages.status import jobs
-from tests.conftest import ROOT, TINY, call, environment, measured, merged, stage, write_config
-
-
-def snakemake(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(call(folder, *arguments), cwd=ROOT, env=environment(), capture_output=True, text=True)
+from tests.conftest import ROOT, TINY, call, environment, measured, merged, snakemake, stage, write_config
 
 
 @pytest.fixture(scope="module")

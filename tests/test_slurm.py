@@ -22,7 +22,7 @@ import yaml
 
 from tests import slurm_cluster as cluster
 from tests.conftest import ROOT, SMALL, call, environment, losses, merged, stage
-from tests.test_workflow import SOURCES, edited, ended, manifests_of, rerun
+from tests.test_workflow import SOURCES, completed, edited, ended, manifests_of, rerun
 
 pytestmark = pytest.mark.slurm
 ON_GPUS = ("generate", "score", "reference", "train")
@@ -148,9 +148,10 @@ class Saboteur:
         cluster.run("scontrol", "requeue", payload.job)
 
     def run_a_second_snakemake(self, payload: Payload) -> None:
-        command = ["snakemake", "--profile", "slurm", "--directory", self.folder, "--configfile", self.folder / "config.yaml"]
         with (self.folder / "second").open("w") as output:
-            self.second = subprocess.Popen(command, cwd=self.source, env=environment(), stdout=output, stderr=output)
+            self.second = subprocess.Popen(
+                call(self.folder, "--profile", "slurm"), cwd=self.source, env=environment(), stdout=output, stderr=output
+            )
 
     def restart_controller(self, payload: Payload) -> None:
         cluster.end("slurmctld")
@@ -217,10 +218,7 @@ def disturbed(source, tmp_path_factory):
 @pytest.fixture(scope="module")
 def local(source, tmp_path_factory):
     folder = prepared(tmp_path_factory.mktemp("local"))
-    result = subprocess.run(
-        call(folder, "--cores", 2), cwd=source, env=environment() | {"PYTHONPATH": str(source)}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    completed(folder, "--cores", 2, source=source)
     return folder
 
 

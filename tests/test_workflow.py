@@ -18,15 +18,14 @@ import pytest
 from PIL import Image
 
 from stages.common.manifests import SCHEMAS, content_hash
-from tests.conftest import ROOT, call, environment, write_config
+from tests.conftest import ROOT, call, environment, snakemake, write_config
 
 SOURCES = ("Snakefile", "workflow", "stages", "profiles", "envs", "README.md")
 
 
-def snakemake(folder: Path, *arguments: object, source: Path = ROOT) -> str:
-    result = subprocess.run(
-        call(folder, *arguments), cwd=source, env=environment() | {"PYTHONPATH": str(source)}, capture_output=True, text=True
-    )
+def completed(folder: Path, *arguments: object, source: Path = ROOT) -> str:
+    """A snakemake call that must succeed; returns what it printed."""
+    result = snakemake(folder, *arguments, source=source)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
 
@@ -50,7 +49,7 @@ def run(tmp_path_factory):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, source / name)
     folder = tmp_path_factory.mktemp("run")
     write_config(folder)
-    output = snakemake(folder, "--cores", 2, source=source)
+    output = completed(folder, "--cores", 2, source=source)
     return source, folder, output
 
 
@@ -106,7 +105,7 @@ def test_the_query_of_the_readme_finds_wrongly_accepted_images(run, monkeypatch)
 def rerun(run, *arguments: object) -> set[str]:
     """The rules that `snakemake -n` would run, without `all`."""
     source, folder, _ = run
-    output = snakemake(folder, "-n", *arguments, source=source)
+    output = completed(folder, "-n", *arguments, source=source)
     table = re.search(r"Job stats:\njob .*\n-.*\n((?:\S+ +\d+\n)+)", output)
     if not table:
         assert "Nothing to be done" in output, output
@@ -117,7 +116,7 @@ def rerun(run, *arguments: object) -> set[str]:
 def outputs(run, stage: str) -> str:
     """The --out of every command of that stage that `snakemake -n` would run, one a line."""
     source, folder, _ = run
-    text = snakemake(folder, "-n", "--printshellcmds", source=source)
+    text = completed(folder, "-n", "--printshellcmds", source=source)
     return "\n".join(re.findall(rf"python -m stages\.{stage} .*?--out (\S+)", text))
 
 
@@ -199,7 +198,7 @@ def test_adding_an_arm_runs_only_that_arm(run):
 
 def test_the_report_carries_table_and_sheet(run, tmp_path):
     source, folder, _ = run
-    snakemake(folder, "--report", tmp_path / "report.html", source=source)
+    completed(folder, "--report", tmp_path / "report.html", source=source)
     page = (tmp_path / "report.html").read_text()
     assert "summary.csv" in page
     assert "contact_sheet.png" in page
@@ -262,7 +261,7 @@ def test_killed_at_any_moment_one_core_ends_with_the_files_of_two_and_repeats_no
             written = path.stat().st_mtime_ns
             assert finished.setdefault(path, written) == written, f"{path} was drawn again"
     assert kills >= 10
-    snakemake(tmp_path, "--cores", 1)
+    completed(tmp_path, "--cores", 1)
     assert manifests_of(tmp_path) == manifests_of(folder)
     assert all(path.stat().st_mtime_ns == written for path, written in finished.items())
     assert not list(tmp_path.glob("results/**/*.tmp"))

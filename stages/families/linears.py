@@ -17,9 +17,9 @@ def packed_linear(weight: torch.Tensor, bias: torch.Tensor | None, inputs: torch
 def packed_linears(*modules: torch.nn.Module) -> Iterator[None]:
     """On a CPU let oneDNN compute every float32 `nn.Linear` inside, from weights in its own layout; no gradients.
 
-    For plain weights torch calls MKL, which was the slower one on an AMD EPYC. Costs a copy of the weights while the context
-    lasts. The operators are those that torch.compile freezes linear layers to; sums are float32's, in another
-    order.
+    For plain weights torch calls MKL, the slower one on an AMD EPYC: see `engine` beside `transformers-batch` of
+    speed.scoring. Costs a copy of the weights while the context lasts. The operators are those that torch.compile freezes
+    linear layers to; sums are float32's, in another order.
     """
     linears = [
         linear
