@@ -45,7 +45,7 @@ SEEDS := 0 1 2 3 4
 study: setup
 	for seed in $(SEEDS); do PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) \
 		--configfile config.yaml configs/study.yaml --config seed=$$seed run=study-$$seed -- all audit || exit 1; done
-	$(BIN)/python -m stages.study --runs $(SEEDS:%=results/study-%) --out docs/study.csv --plot docs/study.png
+	$(BIN)/python -m stages.tools.study --runs $(SEEDS:%=results/study-%) --out docs/study.csv --plot docs/study.png
 
 # Repeats models/tiny-janus from nothing: the image tokenizer, then the language model (an hour on two cores).
 tiny-model: setup

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import JanusConfig
 
-from stages.common.devices import DEVICES
+from stages.families.tools.devices import DEVICES
 
 
 @dataclass

@@ -20,7 +20,7 @@ from speed.bench import compare, parser, report
 from speed.models import open_model
 from stages.common.seeds import candidate_seed
 from stages.families.base import Sampling
-from stages.families.janus import Janus
+from stages.families.janus.family import Janus
 from stages.shapes.grammar import CATEGORIES, split_meanings
 
 GUIDANCE = 5.0

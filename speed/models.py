@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import JanusConfig, JanusForConditionalGeneration, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
-from stages.families.janus import Janus
+from stages.families.janus.family import Janus
 from stages.shapes.tiny_janus import make_processor
 
 ROOT = Path(__file__).resolve().parents[1]

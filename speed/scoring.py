@@ -18,7 +18,7 @@ from speed import cost
 from speed.bench import compare, parser, report
 from speed.generation import sample_prompts
 from speed.models import open_model
-from stages.families.janus import Janus
+from stages.families.janus.family import Janus
 
 
 def engine(family: Janus, images: np.ndarray, questions: list[str], candidates: int) -> None:

@@ -27,10 +27,10 @@ from speed.bench import parser, report, result
 from speed.generation import sample_prompts
 from speed.models import open_model
 from stages.common.config import Train
-from stages.common.launch import launched, local_rank, rank
-from stages.common.trainer import Stop, Watch, freeze, join, leave, make_trainer, trained
 from stages.families.base import TrainingView
-from stages.families.janus import Janus
+from stages.families.janus.family import Janus
+from stages.training.launch import launched, local_rank, rank
+from stages.training.trainer import Stop, Watch, freeze, join, leave, make_trainer, trained
 
 WARM = 1  # optimizer steps before the clock starts
 

@@ -3,7 +3,7 @@
     python -m stages.evaluate --config config.yaml --arm sft --prompts heldout.parquet --verdicts ... --scores ... \\
         --base-verdicts ... --base-scores ... --arm-scores-of-base ... --out metrics.parquet
 
-No model is loaded. stages/common/metrics.py defines every metric.
+No model is loaded. stages/tools/metrics.py defines every metric.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from stages.common import manifests, metrics
+from stages.common import manifests
 from stages.common.config import load
 from stages.common.runtime import run_stage
 from stages.common.seeds import hash_seed
+from stages.tools import metrics
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from stages.common.batches import kept_batches, planned
 from stages.common.config import load
 from stages.common.runtime import UserError, run_stage, whole_file
 from stages.common.seeds import candidate_seed
-from stages.families.checkpoints import checkpoint_hash
+from stages.families.tools.checkpoints import checkpoint_hash
 
 PNG_THREADS = 4
 

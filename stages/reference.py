@@ -15,7 +15,7 @@ from stages.common import manifests
 from stages.common.batches import planned
 from stages.common.config import load
 from stages.common.runtime import UserError, run_stage
-from stages.families.checkpoints import checkpoint_hash
+from stages.families.tools.checkpoints import checkpoint_hash
 
 
 def main() -> None:

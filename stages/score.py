@@ -17,7 +17,7 @@ from stages.common import manifests, shards
 from stages.common.batches import kept_batches, planned
 from stages.common.config import load
 from stages.common.runtime import run_stage
-from stages.families.checkpoints import checkpoint_hash
+from stages.families.tools.checkpoints import checkpoint_hash
 
 VERDICT_THRESHOLD = 0.5
 

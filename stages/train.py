@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from stages.common import manifests, shards
-from stages.common.code import code
 from stages.common.config import Config, Score, Train, load
-from stages.common.launch import STOPPED, launched, local_rank, rank
+from stages.common.fingerprints import code
 from stages.common.runtime import UserError, aside, claim, run_stage, sync, whole_file
-from stages.common.saves import discard, keyed, latest, require_layout, saves, step_of
 from stages.common.seeds import hash_seed
 from stages.families import FAMILIES, open_family
-from stages.families.checkpoints import checkpoint_hash
+from stages.families.tools.checkpoints import checkpoint_hash
+from stages.training.launch import STOPPED, launched, local_rank, rank
+from stages.training.saves import discard, keyed, latest, require_layout, saves, step_of
 
 Row = dict[str, Any]
 
@@ -212,7 +212,7 @@ def main() -> None:
 
     import torch
 
-    from stages.common.trainer import Stop, Watch, join, leave, make_trainer, whole_model
+    from stages.training.trainer import Stop, Watch, join, leave, make_trainer, whole_model
 
     stop = Stop()
     torch.use_deterministic_algorithms(True, warn_only=True)

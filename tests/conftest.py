@@ -131,7 +131,7 @@ def training(*arguments: object, log: Path) -> multiprocessing.Process:
     """`python -m stages.train <arguments>` as a process of its own, forked where torch and TRL are imported already: it can
     be killed like any other, and costs a second where a fresh interpreter costs five."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.conftest", "stages.common.trainer", "stages.families.janus"])
+    context.set_forkserver_preload(["tests.conftest", "stages.training.trainer", "stages.families.janus.family"])
     log.unlink(missing_ok=True)
     process = context.Process(target=_train, args=([str(argument) for argument in arguments], log))
     process.start()
@@ -206,7 +206,7 @@ def tiny():
     """The tiny model, opened once."""
     import torch
 
-    from stages.families.janus import Janus
+    from stages.families.janus.family import Janus
 
     torch.set_num_threads(1)
     return Janus.load(TINY)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from stages.common.config import load
-from stages.status import jobs
+from stages.tools.status import jobs
 from tests.conftest import ROOT, TINY, call, environment, measured, merged, snakemake, stage, write_config
 
 
@@ -60,7 +60,7 @@ def test_status_names_what_is_done_and_what_failed(tmp_path):
     broken = {"source": "geneval", "files": [str(tmp_path / "prompts.jsonl")], "split": "held-out", "count": None}
     write_config(tmp_path, prompts={"evaluation": broken})
     assert snakemake(tmp_path, "--cores", 1, "--keep-going", "--until", "prompts").returncode
-    text = stage("status", tmp_path / "results/small").stdout
+    text = stage("tools.status", tmp_path / "results/small").stdout
     row = next(line for line in text.splitlines() if line.startswith("prompts"))
     assert row.split() == ["prompts", "1", "1"]
     assert "failed: prompts/evaluation.parquet" in text
@@ -68,6 +68,6 @@ def test_status_names_what_is_done_and_what_failed(tmp_path):
 
 
 def test_status_of_a_folder_that_is_no_run(tmp_path):
-    result = stage("status", tmp_path)
+    result = stage("tools.status", tmp_path)
     assert result.returncode == 1
     assert "run_config.yaml" in result.stderr

@@ -7,8 +7,8 @@ import sys
 import pytest
 import yaml
 
-from stages.common.code import code
 from stages.common.config import Config
+from stages.common.fingerprints import code
 from tests.conftest import ROOT, environment
 
 
@@ -55,9 +55,9 @@ def names(files: list[str]) -> set[str]:
 
 
 def test_code_is_what_a_stage_imports():
-    assert "stages/score.py" not in names(code("stages.generate", "stages.families.janus"))
+    assert "stages/score.py" not in names(code("stages.generate", "stages.families.janus.family"))
     assert {"stages/train.py", "stages/common/manifests.py"} <= names(code("stages.train"))
-    assert "stages/families/janus_training.py" in names(code("stages.families.janus"))
+    assert "stages/families/janus/training.py" in names(code("stages.families.janus.family"))
     assert not any("families" in name for name in names(code("stages.pairs")))
     with pytest.raises(FileNotFoundError):
         code("stages.nothing")

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from stages.families.base import Sampling
-from stages.families.janus import Janus
-from stages.families.linears import packed_linears
-from stages.families.memory import Memory
+from stages.families.janus.family import Janus
+from stages.families.tools.linears import packed_linears
+from stages.families.tools.memory import Memory
 from tests.conftest import TINY
 from tests.test_janus import head_outputs, seeds
 

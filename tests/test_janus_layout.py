@@ -12,9 +12,9 @@ from transformers import JanusForConditionalGeneration, JanusProcessor, PreTrain
 
 from stages.common import manifests
 from stages.common.runtime import UserError
-from stages.families import janus_convert
 from stages.families.base import Sampling
-from stages.families.janus import ASSISTANT, PAD, USER, Janus
+from stages.families.janus import convert as janus_convert
+from stages.families.janus.family import ASSISTANT, PAD, USER, Janus
 from stages.shapes.tiny_janus import make_config, make_processor
 from tests.conftest import ROOT, done, refused, stage
 from tests.test_janus import seeds

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from stages.common import metrics
-from stages.common.metrics import Images
+from stages.tools import metrics
+from stages.tools.metrics import Images
 
 PROMPTS = [{"prompt_id": "p", "category": "color"}, {"prompt_id": "q", "category": "shape"}]
 WHERE = {"p1": "p", "p2": "p", "p3": "p", "q1": "q", "q2": "q"}

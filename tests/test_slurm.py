@@ -329,7 +329,7 @@ def test_a_shard_that_fails_for_good_stops_only_what_depends_on_it(source, local
     assert (results / "contact_sheet.png").exists()
     end = output[output.rindex("Exiting because a job execution failed") :]
     assert re.search(r"failed: c-sft/scores/base-evaluation/0001.parquet.*cut short or broken", end)
-    assert "failed: c-sft/scores/base-evaluation/0001.parquet" in stage("status", results).stdout
+    assert "failed: c-sft/scores/base-evaluation/0001.parquet" in stage("tools.status", results).stdout
 
 
 def test_training_on_two_nodes_follows_one_process(source, local, tmp_path):

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from stages.common.code import code
+from stages.common.fingerprints import code
 from stages.common.runtime import UserError, whole_file
 
 pa.set_memory_pool(pa.system_memory_pool())  # one allocator a process: what Arrow frees, torch can use

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from stages.common.config import Model
     from stages.families.base import Family
 
-FAMILIES = {"janus": ("stages.families.janus", "Janus")}
+FAMILIES = {"janus": ("stages.families.janus.family", "Janus")}
 
 
 def workers(model: Model) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from stages.families.base import Sampling
-from stages.families.janus import Janus
+from stages.families.janus.family import Janus
 from stages.shapes import oracle
 from stages.shapes.grammar import Meaning
 from stages.shapes.sampling import sample_judged, sample_meaning

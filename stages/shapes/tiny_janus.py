@@ -12,7 +12,7 @@ from transformers import (
 )
 from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
 
-from stages.families.janus import CHAT_TEMPLATE
+from stages.families.janus.family import CHAT_TEMPLATE
 from stages.shapes.grammar import NUMBERS, RELATIONS
 from stages.shapes.scenes import CELL, COLOR_NAMES, GRID, SHAPES, SIZE, TEXTURES
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_model
 from torch import nn
 from transformers import JanusForConditionalGeneration
 
-from stages.families.janus import Janus
+from stages.families.janus.family import Janus
 from stages.shapes.grammar import (
     Meaning,
     sample_scene,

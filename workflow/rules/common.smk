@@ -19,11 +19,11 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from stages.common import arms as arm_tree
-from stages.common.code import code
+from stages.common.fingerprints import code
 from stages.common.config import validate
 from stages.common.runtime import UserError, process_lives, whole_file
-from stages.families.checkpoints import require_model_type
-from stages.status import report as status_report
+from stages.families.tools.checkpoints import require_model_type
+from stages.tools.status import report as status_report
 
 try:
     settings = validate(dict(config), ", ".join(str(path) for path in workflow.configfiles))
@@ -35,7 +35,7 @@ except UserError as error:
 RUN = f"results/{settings.run}"
 CONFIG = f"{RUN}/run_config.yaml"
 SHARDS = [f"{number:04d}" for number in range(settings.generate.shards)]
-FAMILY = f"stages.families.{settings.model.family}"
+FAMILY = f"stages.families.{settings.model.family}.family"
 # What a model's answers depend on besides its weights; where it runs and how many at once are not part of it.
 MODEL = {"family": settings.model.family, "dtype": settings.model.dtype}
 

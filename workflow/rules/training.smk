@@ -5,7 +5,7 @@ them, and deleting the folder costs time, nothing else. A training that is told 
 around it ignore that signal, so that they live as long as it does.
 
 SLURM's plugin cannot start a step with GPUs on several nodes; `mpi` makes it start the job in the batch step, from where the
-stage reaches every node by itself (stages/common/launch.py).
+stage reaches every node by itself (stages/training/launch.py).
 """
 
 

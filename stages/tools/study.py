@@ -1,6 +1,6 @@
 """Several runs of one configuration that differ in their seed, as one table: every arm against base, with intervals.
 
-    python -m stages.study --runs results/study-0 results/study-1 --out docs/study.csv --plot docs/study.png
+    python -m stages.tools.study --runs results/study-0 results/study-1 --out docs/study.csv --plot docs/study.png
 
 Each seed draws its own training prompts, candidates, training order and evaluation images; the held-out prompts are the
 same. Intervals are 95 %, bootstrapped over seeds and over prompts within categories at once, differences paired in both.
@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from stages.common import manifests, metrics
+from stages.common import manifests
 from stages.common.arms import nodes, selection_owner
 from stages.common.config import Config, load
 from stages.common.runtime import UserError, run_stage, whole_file
 from stages.common.seeds import hash_seed
+from stages.tools import metrics
 
 Row = dict[str, Any]
 COLUMNS = ("arm", "category", "metric", "value", "delta", "delta_ci_low", "delta_ci_high", "n", "seeds")

@@ -42,7 +42,7 @@ def require_model_type(checkpoint: Path, expected: str) -> None:
         what = f"only pickled weights ({pickles[0]})" if pickles else "no weights"
         raise UserError(
             f"{checkpoint}: {what}; pickles are not loaded, convert them with transformers' save_pretrained "
-            "(safetensors) on a machine you trust them on, upstream's Janus-Pro with python -m stages.families.janus_convert"
+            "(safetensors) on a machine you trust them on, upstream's Janus-Pro with python -m stages.families.janus.convert"
         )
 
 

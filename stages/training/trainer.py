@@ -20,10 +20,10 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from stages.common.config import Train
-from stages.common.devices import peak_flops
-from stages.common.launch import STOP_SIGNALS, rank
 from stages.common.runtime import UserError, sync
-from stages.common.saves import PREFIX, saves, write_layout
+from stages.families.tools.devices import peak_flops
+from stages.training.launch import STOP_SIGNALS, rank
+from stages.training.saves import PREFIX, saves, write_layout
 
 KEPT = 2  # saves; the older one is for a save that a failing disk has spoilt
 FIRST_LOSS = {"sigmoid": lambda beta: math.log(2), "hinge": lambda beta: 1.0, "ipo": lambda beta: (0.5 / beta) ** 2}

@@ -1,6 +1,6 @@
 """Convert a Janus-Pro checkpoint from upstream's layout (deepseek-ai/Janus-Pro-1B, -7B) to that of transformers.
 
-    python -m stages.families.janus_convert --upstream Janus-Pro-7B --out Janus-Pro-7B-hf --allow-pickle
+    python -m stages.families.janus.convert --upstream Janus-Pro-7B --out Janus-Pro-7B-hf --allow-pickle
 
 Upstream ships pickles; they are read with `weights_only`, and only where --allow-pickle says that their source is trusted.
 The result is checked before it is put in place: text logits after a picture, image logits and decoded pixels must equal
@@ -31,7 +31,7 @@ from transformers import (
 from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
 
 from stages.common.runtime import UserError, run_stage
-from stages.families.janus import CHAT_TEMPLATE
+from stages.families.janus.family import CHAT_TEMPLATE
 
 Weights = dict[str, torch.Tensor]
 HEAD_DIM = 64  # of the vision tower, siglip_large_patch16_384

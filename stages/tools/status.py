@@ -1,6 +1,6 @@
 """What of a run is done, running, queued, failed and waiting, stage by stage.
 
-    python -m stages.status results/tiny-janus
+    python -m stages.tools.status results/tiny-janus
 
 From the files alone, whatever runs them: outputs, Snakemake's marks of jobs that have begun, logs and kept batches. A job
 has failed if it left a log and no output; `snakemake -n` says what an edit would run again.

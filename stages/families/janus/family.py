@@ -17,11 +17,11 @@ from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 from stages.common.runtime import UserError
 from stages.common.seeds import uniforms
 from stages.families.base import Drawn, Sampling, TrainingView
-from stages.families.checkpoints import require_model_type
-from stages.families.janus_decode import cache_bytes, decode, head_dim
-from stages.families.janus_training import JanusOverImages, looked_at
-from stages.families.linears import packed_linears
-from stages.families.memory import Memory
+from stages.families.janus.decode import cache_bytes, decode, head_dim
+from stages.families.janus.training import JanusOverImages, looked_at
+from stages.families.tools.checkpoints import require_model_type
+from stages.families.tools.linears import packed_linears
+from stages.families.tools.memory import Memory
 
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
 CHAT_TEMPLATE = (  # for plain transformers; this file writes its turns itself
