@@ -4,7 +4,7 @@ CORES ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup run test test-slurm cluster lint format study tiny-model
+.PHONY: setup run test test-all test-slurm cluster lint format study tiny-model
 
 setup: $(STAMP)
 
@@ -18,8 +18,13 @@ $(STAMP): pyproject.toml constraints.txt
 run: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES)
 
+# The tier of every change: under ten minutes on two idle cores.
 test: setup lint
 	$(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile
+
+# Everything that needs no SLURM: also kills in great number, trainings of several processes and the benchmarks' smoke tests.
+test-all: setup lint
+	$(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile -m 'not slurm'
 
 # A real SLURM on this machine, with fake GPUs: root, and Debian's packages, which are installed where they are missing.
 cluster: setup
@@ -40,7 +45,7 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt Snakefile workflow
 
-# The default run, two controls and an anchored judge at five seeds: docs/study.csv and docs/study.png.
+# The default run with two controls and an anchored judge at five seeds; writes docs/study.csv and docs/study.png.
 SEEDS := 0 1 2 3 4
 study: setup
 	for seed in $(SEEDS); do PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) \

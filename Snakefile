@@ -1,9 +1,9 @@
-"""selfgap: a unified model's internal gap as training data.
+"""selfgap turns the gap between how well a unified model draws and how well it judges into training data.
 
-prompts -> candidates -> scores -> pairs -> schedule -> checkpoint, with the discard pool drawn and judged again in between,
-then evaluation and report. `snakemake --cores 2` runs config.yaml; `--configfile FILE` runs another configuration instead of
-it. Every rule is a shell line around `python -m stages.<name>`, carries the code it imports and exactly the settings it
-reads as params, and so runs again when one of those changes, and only then.
+prompts -> candidates -> scores -> pairs -> schedule -> checkpoint, with a replay of the discard pool in between, then
+evaluation and report. `snakemake --cores 2` runs config.yaml. `--configfile FILE [FILE ...]` runs other configurations; each
+file overrides those before it. Every rule calls `python -m stages.<name>`. As parameters it has a fingerprint of the code that
+can change its result and exactly the settings that it reads, so it re-runs when one of those changes, and only then.
 """
 
 from snakemake.utils import min_version
@@ -15,7 +15,10 @@ if not workflow.configfiles:
     configfile: "config.yaml"
 
 
-include: "workflow/rules/common.smk"
+include: "workflow/rules/config.smk"
+include: "workflow/rules/paths.smk"
+include: "workflow/rules/resources.smk"
+include: "workflow/rules/session.smk"
 include: "workflow/rules/prompts.smk"
 include: "workflow/rules/candidates.smk"
 include: "workflow/rules/scores.smk"
@@ -29,24 +32,27 @@ include: "workflow/rules/report.smk"
 rule all:
     default_target: True
     input:
-        f"{RUN}/summary.csv",
-        f"{RUN}/contact_sheet.png",
-        waiting_pools(),
+        final_outputs(),
     localrule: True
 
 
 rule audit:
-    """The external judge on the training images too: how precise the selection was. It measures; nothing trains on it."""
+    """Collect the external judge's verdicts on the training images, which measure the selection's precision only."""
     input:
-        shard_files("base", "verdicts", "train"),
-        [path for replay in replay_nodes() for path in shard_files(replay, "verdicts", "replay")],
+        [
+            path
+            for judge in ([settings.benchmarks[BENCHMARKS[0]].judge] if BENCHMARKS else [])
+            if judge
+            for node, images in [("base", "train"), *((replay, "replay") for replay in replay_nodes())]
+            for path in shard_files(node, f"verdicts/{judge}", images)
+        ],
     localrule: True
 
 
 onstart:
-    write_owner()
+    interrupted.write_owner(Path("."))
     cancel_orphans()
-    write_run_config()
+    write_jobs(anew=write_run_config())
 
 
 onsuccess:

@@ -1,59 +1,114 @@
-"""Let an external judge give verdicts on an image shard. It measures; it never makes training data (controls apart).
+"""Collect an external judge's verdicts on the images of a candidate manifest.
 
-python -m stages.judge --config config.yaml --prompts prompts.parquet --candidates 0.parquet --out verdicts.parquet
+    python -m stages.judge --config config.yaml --judge shapes --prompts prompts.parquet --candidates 0.parquet \\
+        --out verdicts.parquet
+
+With --categories color shape, the judge sees only images whose prompts belong to these categories. Judges only measure and
+never select training data, except for a control arm with `pairs.filter: oracle`. Finished batches are kept, so a killed stage
+continues where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from stages.common import manifests, shards
-from stages.common.batches import planned
+from stages.common.batches import kept_batches, planned
 from stages.common.config import load
-from stages.common.runtime import UserError, run_stage
+from stages.common.errors import UserError, run_stage
+from stages.common.fingerprints import code
+from stages.common.registry import entry
+from stages.judges import judge_kind
+from stages.judges.base import Item, Judge
 
 Row = dict[str, Any]
 
 
-def shapes_verdicts(path: Path, candidates: list[Row], prompts: dict[str, Row], manifest: Path) -> list[Row]:
-    """The oracle of the shapes world; UserError where a prompt is not of that world."""
-    from stages.shapes import oracle
-    from stages.shapes.grammar import from_json
+def of_categories(candidates: list[Row], prompts: dict[str, Row], categories: list[str] | None) -> list[Row]:
+    """Return the candidates whose prompt belongs to one of the categories; all candidates if categories is None."""
+    if categories is None:
+        return candidates
+    return [row for row in candidates if prompts[row["prompt_id"]]["category"] in categories]
 
-    rows: list[Row] = []
-    for batch in planned(candidates, 1024):
-        grids = oracle.read(shards.read_images(path, batch))
-        for row, grid in zip(batch, grids, strict=True):
-            try:
-                meaning = from_json(prompts[row["prompt_id"]]["metadata"])
-            except ValueError as error:
-                raise UserError(f"{manifest}: {error}; the judge `shapes` needs prompts of source shapes") from None
-            matches = oracle.matches(meaning, grid)
-            rows.append({"candidate_id": row["candidate_id"], "prompt_id": row["prompt_id"], "judge": "shapes"})
-            rows[-1] |= {"verdict": matches, "p_yes": float(matches), "p_neither": 0.0}
-    return rows
+
+def judge_batch(judge: Judge, name: str, prompts: dict[str, Row], batch: Sequence[Row], images: np.ndarray) -> list[Row]:
+    """Judge the images of a batch of candidates and return rows of the verdicts manifest."""
+    items = [Item(row["candidate_id"], prompts[row["prompt_id"]], image) for row, image in zip(batch, images, strict=True)]
+    return [
+        {
+            "candidate_id": item.candidate_id,
+            "prompt_id": item.prompt["prompt_id"],
+            "verdict": verdict.matches,
+            "score": verdict.score,
+            "answer": verdict.answer,
+            "judge": name,
+        }
+        for item, verdict in zip(items, judge(items), strict=True)
+    ]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument(
+        "--judge", required=True, help="a name from the section judges, or a kind of judge that needs no settings"
+    )
+    parser.add_argument("--prompts", type=Path, required=True, help="prompt manifest")
+    parser.add_argument("--candidates", type=Path, required=True, help="candidate manifest, with its tar file beside it")
+    parser.add_argument(
+        "--categories", nargs="+", help="judge only images whose prompts belong to these categories; default: all"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="verdict manifest (Parquet)")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--prompts", type=Path, required=True, help="prompt manifest")
-    parser.add_argument("--candidates", type=Path, required=True, help="candidate manifest, its tar beside it")
-    parser.add_argument("--out", type=Path, required=True, help="score manifest (Parquet) of the judge")
-    arguments = parser.parse_args()
-    judge = load(arguments.config).evaluate.judge
-    candidates = manifests.read_rows(arguments.candidates, "candidates", without=("tokens",))
-    prompts = manifests.prompts_of(arguments.prompts, candidates)
-    if judge == "none":
-        rows = [{"candidate_id": row["candidate_id"], "prompt_id": row["prompt_id"], "judge": judge} for row in candidates]
-    else:
-        rows = shapes_verdicts(arguments.candidates, candidates, prompts, arguments.prompts)
+    arguments = parse()
+    name = arguments.judge
+    try:
+        settings = load(arguments.config).judge(name)
+    except ValueError as error:
+        raise UserError(f"--judge {name}: {error}") from None
+    kind = judge_kind(settings.kind)
+    drawn = manifests.read_rows(arguments.candidates, "candidates", without=("tokens", "latents"))
+    prompts = manifests.prompts_of(arguments.prompts, drawn)
+    candidates = of_categories(drawn, prompts, arguments.categories)
+    judge = kind.open(settings) if candidates else lambda items: []
+
+    uses = [entry("JUDGES", settings.kind), *kind.uses(settings)]
+    facts = {
+        "judge": name,
+        "settings": settings.outcome(),
+        "files": [manifests.content_hash(Path(file)) for file in kind.files(settings)],
+        "categories": sorted(set(arguments.categories)) if arguments.categories else None,
+    }
     parents = [arguments.prompts, arguments.candidates]
-    manifests.write(arguments.out, "scores", rows, stage="stages.judge", settings={"judge": judge}, parents=parents)
-    matching = sum(row.get("verdict") is True for row in rows)
-    print(f"{len(rows)} images, judge {judge}" + ("" if judge == "none" else f": {matching} match"))
+    with kept_batches(
+        arguments.out,
+        ("judge", code("stages.judge", mentioned=uses), facts, kind.batch_size, *map(manifests.content_hash, parents)),
+        planned(candidates, kind.batch_size),
+        prepare=lambda batch: (batch, shards.read_images(arguments.candidates, batch)),
+        work=lambda seen: judge_batch(judge, name, prompts, *seen),
+        finish=lambda rows: pa.Table.from_pylist(rows, schema=manifests.schema("verdicts")),
+        label=f"judge {name}",
+        workers=kind.workers(settings) if candidates else 1,
+    ) as files:
+        tables = [pq.read_table(file) for file in files]
+        verdicts = [verdict for table in tables for verdict in table["verdict"].to_pylist()]
+        manifests.write(
+            arguments.out, "verdicts", iter(tables), stage="stages.judge", settings=facts, parents=parents, uses=uses
+        )
+    if missing := sorted(set(arguments.categories or ()) - {row["category"] for row in prompts.values()}):
+        print(f"{arguments.prompts}: no prompt is of category {', '.join(missing)}")
+    read = f"{verdicts.count(True)} match, {verdicts.count(False)} do not, {verdicts.count(None)} without a verdict"
+    print(f"{name}: {len(verdicts)} of {len(drawn)} images judged: {read}")
 
 
 if __name__ == "__main__":

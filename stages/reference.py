@@ -1,21 +1,56 @@
 """Log-probabilities of DPO's chosen and rejected images under the reference model, stored in the pairs manifest.
 
     python -m stages.reference --config config.yaml --prompts prompts.parquet --pairs pairs.parquet \\
-        --candidates base/*.parquet --out pairs-with-reference.parquet
+        --candidates base/*.parquet --epochs 30 --out pairs-with-reference.parquet
 
-The reference is the untrained model for every round, whoever drew the images.
+The reference is the untrained model for every round, whichever checkpoint drew the images. Where the family's likelihood is an
+estimate that depends on random draws, there is one value for each epoch, computed with the very draws that training uses in
+that epoch.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from stages.common import manifests
 from stages.common.batches import planned
+from stages.common.candidates import Candidates
 from stages.common.config import load
-from stages.common.runtime import UserError, run_stage
-from stages.families.tools.checkpoints import checkpoint_hash
+from stages.common.errors import run_stage
+from stages.common.registry import entry
+from stages.common.seeds import draw_seed
+from stages.families import checkpoint_hash, describe
+
+Row = dict[str, Any]
+Image = tuple[str, int]  # a candidate_id and the seed of its random draws; the seed is 0 where the likelihood is exact
+Found = dict[Image, float]
+
+
+def seed_of(row: Row, epoch: int, exact: bool, run_seed: int) -> int:
+    """Return the seed of a pair's random draws in an epoch."""
+    return 0 if exact else draw_seed(run_seed, row["chosen"], row["rejected"], epoch)
+
+
+def needed(pairs: list[Row], epoch: int, exact: bool, run_seed: int) -> list[Image]:
+    """Return every (image, seed) whose log-probability is needed in an epoch, without repetitions and in a fixed order."""
+    return sorted(
+        {(row[side], seed_of(row, epoch, exact, run_seed)) for row in pairs for side in ("chosen", "rejected") if row[side]}
+    )
+
+
+def log_likelihoods(family: Any, images: list[Image], candidates: Candidates, prompts: dict[str, Row], size: int) -> Found:
+    """Compute the log-probabilities of images under the reference model, `size` at a time."""
+    import numpy as np
+
+    found: Found = {}
+    for batch in planned(images, size):
+        names = [name for name, _ in batch]
+        texts = [prompts[identifier]["prompt"] for identifier in candidates.prompt_ids(names)]
+        seeds = np.array([seed for _, seed in batch], dtype=np.int64)
+        found |= dict(zip(batch, family.log_likelihood(texts, candidates.pictures(names), seeds).tolist(), strict=True))
+    return found
 
 
 def main() -> None:
@@ -23,38 +58,37 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--prompts", type=Path, required=True, help="prompt manifest")
     parser.add_argument("--pairs", type=Path, required=True, help="pairs manifest")
-    parser.add_argument("--candidates", type=Path, nargs="+", required=True, help="candidate manifests the pairs refer to")
+    parser.add_argument("--candidates", type=Path, nargs="+", required=True, help="candidate manifests that the pairs refer to")
     parser.add_argument("--checkpoint", type=Path, help="the reference model; default: model.checkpoint")
+    parser.add_argument("--epochs", type=int, default=1, help="epochs of training, for families with an estimated likelihood")
     parser.add_argument("--out", type=Path, required=True, help="pairs manifest with reference columns")
     arguments = parser.parse_args()
     config = load(arguments.config)
+    name = config.model.family
+    exact = describe(name).likelihood == "exact"
     checkpoint = arguments.checkpoint or Path(config.model.checkpoint)
     pairs = manifests.read_rows(arguments.pairs, "pairs")
-    wanted = sorted({row[side] for row in pairs for side in ("chosen", "rejected") if row[side]})
-    known = {row["candidate_id"]: row for row in manifests.read_rows(arguments.candidates, "candidates", wanted=wanted)}
-    missing = next((identifier for identifier in wanted if identifier not in known), None)
-    if missing:
-        raise UserError(f"{arguments.pairs}: candidate {missing} is in none of the candidate manifests; give them all")
-    found: dict[str, float] = {}
-    if wanted:
-        import numpy as np
-
+    epochs = [1] if exact else range(1, 1 + arguments.epochs)
+    found: Found = {}
+    if pairs:
         from stages.families import open_family
 
-        family = open_family(config.model, checkpoint)
-        prompts = manifests.prompts_of(arguments.prompts, list(known.values()))
-        for batch in planned(wanted, config.generate.batch_size):
-            rows = [known[identifier] for identifier in batch]
-            tokens = np.array([row["tokens"] for row in rows])
-            texts = [prompts[row["prompt_id"]]["prompt"] for row in rows]
-            found |= dict(zip(batch, family.image_log_likelihood(texts, tokens).tolist(), strict=True))
-    weights = checkpoint_hash(checkpoint)
+        family = open_family(config.model, checkpoint, "train")
+        prompts = {row["prompt_id"]: row for row in manifests.read_rows(arguments.prompts, "prompts")}
+        wanted = {row[side] for row in pairs for side in ("chosen", "rejected") if row[side]}
+        candidates = Candidates(arguments.candidates, wanted, describe(name))
+        for epoch in epochs:  # each epoch in batches of its own, so that more epochs change no value of an earlier one
+            images = needed(pairs, epoch, exact, config.seed)
+            found |= log_likelihoods(family, images, candidates, prompts, config.generate.batch_size)
+    weights = checkpoint_hash(name, checkpoint, "train")
     for row in pairs:
-        row["reference_chosen"], row["reference_rejected"] = found[row["chosen"]], found.get(row["rejected"])
+        seeds = [seed_of(row, epoch, exact, config.seed) for epoch in epochs]
+        for side in ("chosen", "rejected"):
+            row[f"reference_{side}"] = [found[row[side], seed] for seed in seeds] if row[side] else None
         row["reference_checkpoint"] = weights
     parents = [arguments.prompts, arguments.pairs, *arguments.candidates]
-    manifests.write(arguments.out, "pairs", pairs, stage="stages.reference", parents=parents)
-    print(f"{len(found)} images under the reference {weights}")
+    manifests.write(arguments.out, "pairs", pairs, stage="stages.reference", parents=parents, uses=[entry("FAMILIES", name)])
+    print(f"{len(found)} log-probabilities under the reference {weights}")
 
 
 if __name__ == "__main__":

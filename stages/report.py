@@ -1,6 +1,6 @@
-"""The table at the end of a run: every arm against base, as CSV and on the terminal.
+"""The tables at the end of a run: every arm compared with base on each benchmark, as one CSV file and on the terminal.
 
-python -m stages.report --metrics base/metrics.parquet sft/metrics.parquet --out summary.csv
+python -m stages.report --metrics base/metrics/held-out.parquet sft/metrics/held-out.parquet --out summary.csv
 """
 
 from __future__ import annotations
@@ -11,51 +11,94 @@ from pathlib import Path
 from typing import Any
 
 from stages.common import manifests
-from stages.common.runtime import run_stage, whole_file
+from stages.common.errors import run_stage
+from stages.common.files import whole_file
 
 SHOWN = ("gen", "non", "und", "judge_on_base", "judge_on_own")
+UNREADABLE = ("own_unreadable", "judge_unreadable", "scorer_unreadable")
+INTERVALS = ("ci_low", "ci_high", "delta", "delta_ci_low", "delta_ci_high")
+LEGEND = """\
+Values are percentages, overall. In parentheses: the 95 % interval of the difference from base, clustered by prompt.
+gen: the image matches its prompt according to the benchmark's judge or scorers. non: the model rejects its own image.
+und: the win rate over base, on the n verdicts that differ from base's. Its interval is that of the difference from 50, a draw.
+judge_on_base, judge_on_own: the model agrees with the benchmark's judge on the base model's images, and on its own."""
 Row = dict[str, Any]
 
 
 def summary_rows(metrics: list[Row]) -> list[Row]:
-    """One row for each arm and category: value, 95 % interval, counted verdicts and difference to base of every metric."""
-    table: dict[tuple[str, str], Row] = {}
+    """Return one row for each benchmark, arm and category: every metric with its interval and its difference from base.
+
+    `<metric>_n` is the number of images or verdicts behind a metric. A metric is empty for benchmarks that do not have it.
+    """
+    table: dict[tuple[str, str, str], Row] = {}
     for row in metrics:
-        line = table.setdefault((row["arm"], row["category"]), {"arm": row["arm"], "category": row["category"]})
+        identity = {key: row[key] for key in ("benchmark", "arm", "category", "prompts")}
+        line = table.setdefault((row["benchmark"], row["arm"], row["category"]), identity | {"judge": None, "scorer": None})
         name = row["metric"]
+        if row["judge"]:
+            line["scorer" if name in ("gen", "scorer_unreadable") else "judge"] = row["judge"]
         line |= {name: row["value"], f"{name}_n": row["denominator"]}
-        line |= {f"{name}_{key}": row[key] for key in ("ci_low", "ci_high", "delta", "delta_ci_low", "delta_ci_high")}
+        line |= {f"{name}_{key}": row[key] for key in INTERVALS}
     return list(table.values())
 
 
+def write_csv(rows: list[Row], out: Path) -> None:
+    """Write the rows with all their columns, rounded to three decimal places."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with whole_file(out) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows([{k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in rows])
+
+
+def signed(number: float) -> str:
+    """Return a difference with its sign and one decimal place. Zero is +0.0."""
+    return f"{round(number, 1) + 0:+.1f}"
+
+
+def cell(row: Row, metric: str) -> str:
+    """Return a metric as text: its value, for und the number of verdicts, and the difference's interval if there is one."""
+    value, low, high = (row.get(key) for key in (metric, f"{metric}_delta_ci_low", f"{metric}_delta_ci_high"))
+    if value is None:
+        return "-"
+    counted = f" n {row['und_n']}" if metric == "und" else ""
+    change = "" if row["arm"] == "base" or low is None or high is None else f" ({signed(low)} to {signed(high)})"
+    return f"{value:.1f}{counted}{change}"
+
+
+def table(rows: list[Row]) -> str:
+    """Return the overall rows of one benchmark as a table, followed by the shares of verdicts that could not be read."""
+    cells = [[row["arm"], *(cell(row, metric) for metric in SHOWN)] for row in rows]
+    lines = [["", *SHOWN], *cells]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    text += [f"{row['arm']}: {name} {row[name]:.1f}" for row in rows for name in UNREADABLE if row.get(name)]
+    return "\n".join(text)
+
+
 def show(rows: list[Row]) -> str:
-    """The overall rows as a table for the terminal: value, and the interval of the difference to base."""
-    lines = [f"{'':<14}" + "".join(f"{name:>24}" for name in SHOWN)]
-    for row in rows:
-        if row["category"] != "overall":
-            continue
-        cells = []
-        for name in SHOWN:
-            value, low, high = (row.get(key) for key in (name, f"{name}_delta_ci_low", f"{name}_delta_ci_high"))
-            change = "" if row["arm"] == "base" or low is None else f" ({low:+.1f} to {high:+.1f})"
-            cells.append(f"{'-' if value is None else f'{value:.1f}'}{change}")
-        lines.append(f"{row['arm']:<14}" + "".join(f"{cell:>24}" for cell in cells))
-    return "\n".join(lines)
+    """Return one table for each benchmark."""
+    parts = []
+    for benchmark in dict.fromkeys(row["benchmark"] for row in rows):
+        overall = [row for row in rows if row["benchmark"] == benchmark and row["category"] == "overall"]
+        judge, scorer = overall[0]["judge"], overall[0]["scorer"]
+        judged = f"judge {judge}" if judge else "no external judge"
+        scored = f", gen by {scorer}" if scorer and scorer != judge else ""
+        parts.append(f"{benchmark} ({judged}{scored})\n{table(overall)}")
+    return "\n\n".join(parts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--metrics", type=Path, nargs="+", required=True, help="metrics manifests, base first")
+    parser.add_argument(
+        "--metrics", type=Path, nargs="+", required=True, help="metrics manifests of all benchmarks and arms, base first"
+    )
     parser.add_argument("--out", type=Path, required=True, help="summary.csv")
     arguments = parser.parse_args()
     rows = summary_rows(manifests.read_rows(arguments.metrics, "metrics"))
-    with whole_file(arguments.out) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows([{k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in rows])
-    print("overall, percent; in brackets the 95 % interval of the difference to base, clustered by prompt")
+    write_csv(rows, arguments.out)
     print(show(rows))
-    print("gen: the judge says the image matches; non: the model refuses its own image; und: win rate over base, 50 is a draw")
+    print(f"\n{LEGEND}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Train the shared LLM on a schedule, with TRL's SFTTrainer or DPOTrainer; on several GPUs or nodes with DeepSpeed.
+"""Train the shared LLM on a schedule, on one GPU, on several, or on several nodes with DeepSpeed.
 
     python -m stages.train --config config.yaml --arm sft --prompts prompts.parquet --schedule schedule.parquet \\
         --candidates base/*.parquet --work work/ --out checkpoint/ --metrics training.parquet [--continue parent-work/]
 
-The command starts as many processes as train.gpus and train.nodes say. The schedule is read in order, so a segment
-continues bit-exactly: `--continue` takes the work folder of the training that this one goes on from, and a killed training
-goes on from its own last save. SIGTERM and SIGUSR1 save after the step and exit with code 75: run it again. A work
-folder's saves are keyed by everything they depend on (code, settings, base model, the schedule up to there); saves of
-another key are never continued, and where there are none the training starts at the base model, which gives the same
+The command starts as many processes as train.gpus and train.nodes say. The schedule is read in order, so a segment continues
+bit-exactly: `--continue` takes the work folder of the training that this one continues, and a killed training continues from
+its own last save. On SIGTERM and SIGUSR1 it saves after the current step and exits with code 75; run it again to continue. The
+saves in a work folder are keyed by everything they depend on (code, settings, base model and the schedule up to that step).
+Saves with another key are never continued; where there are none, training starts from the base model and ends with the same
 weights.
 """
 
@@ -15,115 +15,134 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from stages.common import manifests, shards
-from stages.common.config import Config, Score, Train, load
-from stages.common.fingerprints import code
-from stages.common.runtime import UserError, aside, claim, run_stage, sync, whole_file
-from stages.common.seeds import hash_seed
-from stages.families import FAMILIES, open_family
-from stages.families.tools.checkpoints import checkpoint_hash
+from stages.common import manifests
+from stages.common.candidates import Candidates
+from stages.common.config import WITHOUT_OUTCOME, Arm, Config, Train, load
+from stages.common.errors import UserError, run_stage
+from stages.common.files import aside, claim, sync, whole_file
+from stages.common.fingerprints import code, read_settings
+from stages.common.registry import entry
+from stages.families import checkpoint_hash, describe, open_family
+from stages.training.anchor import Judgement, anchor_loss, read_judgements
 from stages.training.launch import STOPPED, launched, local_rank, rank
 from stages.training.saves import discard, keyed, latest, require_layout, saves, step_of
 
 Row = dict[str, Any]
 
 
-def training_rows(
-    family: Any, schedule: list[Row], prompts: dict[str, Row], known: dict[str, Row], dpo: bool, anchors: int
-) -> Any:
-    """The schedule as a `datasets.Dataset` of ids, row for row; row i keeps judgement i modulo `anchors`, if there are any."""
-    import numpy as np
-    from datasets import Dataset
+@dataclass
+class Inputs:
+    """Everything that a training reads, checked.
 
-    def ids(side: str) -> list[tuple[list[int], list[int]]]:
-        texts = [prompts[row["prompt_id"]]["prompt"] for row in schedule]
-        return family.training_rows(texts, np.array([known[row[side]]["tokens"] for row in schedule]))
+    weights: the base model's hash. prompts: prompt text by prompt_id. modules: the fingerprint of the code.
+    """
 
-    chosen = ids("chosen")
-    kept = [{"anchor": i % anchors} if anchors else {} for i in range(len(schedule))]
-    if not dpo:
-        return Dataset.from_list(
-            [
-                {"input_ids": prompt + image, "labels": [-100] * len(prompt) + image, **judgement}
-                for (prompt, image), judgement in zip(chosen, kept, strict=True)
-            ]
+    config: Config
+    arm: Arm
+    settings: Train
+    schedule: list[Row]
+    weights: str
+    candidates: Candidates
+    prompts: dict[str, str]
+    judgements: list[Judgement]
+    modules: list[str]
+
+    @property
+    def steps(self) -> int:
+        return self.schedule[-1]["step"] + 1
+
+    @property
+    def dpo(self) -> bool:
+        return self.arm.objective == "dpo"
+
+    @property
+    def uses(self) -> list[str]:
+        return [entry("FAMILIES", self.config.model.family)]
+
+    def outcome(self) -> Row:
+        """Return the settings on which the trained weights depend by more than rounding."""
+        read = read_settings(self.settings, "stages.train", mentioned=self.uses)
+        return {key: value for key, value in read.items() if key not in WITHOUT_OUTCOME}
+
+    def identity(self) -> tuple[object, ...]:
+        """Return everything that the saves depend on, besides the schedule."""
+        judged = [(judgement.candidate["candidate_id"], judgement.p_yes) for judgement in self.judgements]
+        common = (self.arm.objective, self.outcome(), self.config.seed, self.weights, self.modules)
+        return (*common, judged) if judged else common
+
+
+def read_inputs(arguments: argparse.Namespace) -> Inputs:
+    """Read and check the schedule and all that it refers to. Raises UserError."""
+    config = load(arguments.config)
+    if arguments.arm not in config.arms:
+        raise UserError(f"--arm {arguments.arm}: not in {arguments.config}; arms there: {', '.join(config.arms)}")
+    arm, settings = config.arms[arguments.arm], config.arm_train(arguments.arm)
+    schedule = manifests.read_rows(arguments.schedule, "schedule")
+    base, family = Path(config.model.checkpoint), config.model.family
+    weights = checkpoint_hash(family, base, "train")
+    foreign = {row["reference_checkpoint"] for row in schedule} - {weights}
+    if arm.objective == "dpo" and foreign:
+        raise UserError(
+            f"{arguments.schedule}: reference_checkpoint {foreign.pop()} is not {base} ({weights}); "
+            "run stages.reference with this model again"
         )
-    return Dataset.from_list(
-        [
-            {
-                "prompt_ids": prompt,
-                "chosen_ids": image,
-                "rejected_ids": other,
-                "ref_chosen_logps": row["reference_chosen"],
-                "ref_rejected_logps": row["reference_rejected"],
-                **judgement,
-            }
-            for (prompt, image), (_, other), row, judgement in zip(chosen, ids("rejected"), schedule, kept, strict=True)
-        ]
-    )
+    wanted = {row[side] for row in schedule for side in ("chosen", "rejected") if row[side]}
+    candidates = Candidates(arguments.candidates, wanted, describe(family))
+    prompts = {row["prompt_id"]: row["prompt"] for row in manifests.read_rows(arguments.prompts, "prompts")}
+    if missing := {row["prompt_id"] for row in schedule} - prompts.keys():
+        raise UserError(f"{arguments.prompts}: prompt_id {min(missing)} of the schedule is not there; give its prompt manifest")
+    anchored = settings.judge_anchor_weight > 0
+    judgements = read_judgements(arguments.scores, arguments.candidates, config.seed) if anchored else []
+    modules = code("stages.train", mentioned=[entry("FAMILIES", family)])
+    return Inputs(config, arm, settings, schedule, weights, candidates, prompts, judgements, modules)
 
 
-def judgements(scores: list[Path], candidates: list[Path], seed: int) -> list[tuple[Path, Row, float]]:
-    """The base model's own p_yes on its own candidates, shuffled: (candidate manifest, candidate, p_yes)."""
-    found = {row["candidate_id"]: row["p_yes"] for row in manifests.read_rows(scores, "scores") if row["p_yes"] is not None}
-    rows = [
-        (path, row, found[row["candidate_id"]])
-        for path in candidates
-        for row in manifests.read_rows(path, "candidates", without=("tokens",), wanted=found)
-    ]
-    if not rows:
-        raise UserError("train.judge_anchor_weight: no judged candidate; give --scores of the base model's candidates")
-    return sorted(rows, key=lambda row: hash_seed("anchor", seed, row[1]["candidate_id"]))
+def open_trained_model(config: Config, settings: Train) -> Any:
+    """Load the base model on this process's device, in the precision of the training."""
+    import torch
+
+    model = config.model.model_copy(update={} if settings.precision == "auto" else {"dtype": settings.precision})
+    if torch.cuda.is_available() and local_rank() is not None:
+        torch.cuda.set_device(local_rank())
+        model = model.model_copy(update={"device": f"cuda:{local_rank()}"})
+    return open_family(model, Path(config.model.checkpoint), "train")
 
 
-def anchor_loss(
-    family: Any, anchors: list[tuple[Path, Row, float]], prompts: dict[str, Row], score: Score
-) -> Callable[[Any, list[int]], Any]:
-    """From the trainer's model and the places of judgements to the cross-entropy to them, asked as stages.score asked."""
-    import numpy as np
-
-    template, prefix = score.asked(family)
-
-    def loss(model: Any, places: list[int]) -> Any:
-        chosen = [anchors[place] for place in places]
-        images = np.concatenate([shards.read_images(path, [row]) for path, row, _ in chosen])
-        questions = [template.replace("{prompt}", prompts[row["prompt_id"]]["prompt"]) for _, row, _ in chosen]
-        return family.judge_loss(model, images, questions, np.array([p_yes for _, _, p_yes in chosen]), prefix)
-
-    return loss
-
-
-def place(folder: Path, out: Path) -> None:
-    """Move a finished checkpoint folder's files into `out`, the weights last: where they are, the rest is."""
+def put_in_place(folder: Path, out: Path, last: str) -> None:
+    """Move a finished checkpoint's files into `out`, with the file `last` at the end: where it exists, the rest does too."""
     out.mkdir(parents=True, exist_ok=True)
-    for path in sorted(folder.iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name)):
-        path.chmod(out.stat().st_mode & 0o666)  # safetensors are written for the owner alone
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda path: (path == folder / last, path.suffix == ".safetensors", path)):
+        target = out / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.chmod(out.stat().st_mode & 0o666)  # safetensors are written so that only the owner can read them
         sync(path)
-        path.replace(out / path.name)
-    sync(out)
-    folder.rmdir()
+        path.replace(target)
+        sync(target.parent)
+    shutil.rmtree(folder)
 
 
 def metrics_rows(history: list[dict[str, Any]], settings: Train) -> list[Row]:
-    """The trainer's log as (step, metric, value) rows, without the counter that starts again where a training does."""
-    for entry in history:  # SFT's loss is the NLL and the anchor; DPO logs its NLL
-        entry.setdefault("nll", entry["loss"] - settings.judge_anchor_weight * entry.get("judge_anchor", 0.0))
+    """Return the trainer's log as (step, metric, value) rows, without the token counter, which restarts with each process."""
+    for logged in history:  # SFT's loss is the NLL and the anchor; DPO logs its NLL
+        logged.setdefault("nll", logged["loss"] - settings.judge_anchor_weight * logged.get("judge_anchor", 0.0))
     return [
-        {"step": int(entry["step"]), "metric": name, "value": float(value)}
-        for entry in history
-        for name, value in sorted(entry.items())
+        {"step": int(logged["step"]), "metric": name, "value": float(value)}
+        for logged in history
+        for name, value in sorted(logged.items())
         if name not in ("step", "epoch", "num_tokens")
     ]
 
 
 def plot(history: list[dict[str, Any]], out: Path) -> None:
-    """Loss, DPO's margin and learning rate by step, as PNG; equal trainings give equal files."""
+    """Plot loss, DPO's margin and learning rate by step as PNG. Equal trainings give equal files."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -138,8 +157,8 @@ def plot(history: list[dict[str, Any]], out: Path) -> None:
         figure.savefig(temporary, format="png", dpi=100)
 
 
-def card(config: Config, name: str, schedule: Path, steps: int, weights: str, modules: list[str], saved: Path) -> str:
-    """The checkpoint's README: what it is, and everything needed to train it again."""
+def card(config: Config, name: str, schedule: Path, steps: int, weights: str, modules: list[str]) -> str:
+    """Return the checkpoint's README: what it is, and everything that is needed to train it again."""
     import yaml
 
     arm, epochs = config.arms[name], manifests.facts(schedule)["settings"].get("epochs")
@@ -154,118 +173,122 @@ def card(config: Config, name: str, schedule: Path, steps: int, weights: str, mo
         "code": modules,
         "config": config.model_dump(),
     }
-    architecture = json.loads((saved / "config.json").read_text())["architectures"][0]
     return f"""# {config.run}, arm {name}
 
-{Path(config.model.checkpoint).name}, trained by {arm.objective.upper()} for {epochs} epochs on images of its own that its own
-judgement chose. Loads with `transformers.{architecture}.from_pretrained`.
+{Path(config.model.checkpoint).name} ({config.model.family}), trained by {arm.objective.upper()} for {epochs} epochs on images
+that it drew itself and that its own judgement chose.
 
-To train it again, give `config` below as `--configfile` to the sources below. Base model, schedule and sources are told by a
-hash of their content.
+To train it again, run the sources below with `config` below as `--configfile`. Base model, schedule and sources are
+identified by a hash of their content.
 
 ```yaml
 {yaml.safe_dump(facts, sort_keys=False, width=120)}```
 """
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--arm", required=True, help="whose objective and settings")
-    parser.add_argument("--prompts", type=Path, required=True, help="prompt manifest")
-    parser.add_argument("--schedule", type=Path, required=True, help="schedule manifest, from the very first step")
-    parser.add_argument("--candidates", type=Path, nargs="+", required=True, help="candidate manifests")
-    parser.add_argument("--scores", type=Path, nargs="*", default=[], help="of the base candidates, for the judge anchor")
-    parser.add_argument("--continue", dest="parent", type=Path, help="work folder of the training this one goes on from")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the trainer's saves")
-    parser.add_argument("--out", type=Path, required=True, help="checkpoint folder")
-    parser.add_argument("--metrics", type=Path, required=True, help="training metrics (Parquet)")
-    arguments = parser.parse_args()
-    config: Config = load(arguments.config)
-    arm, settings = config.arms[arguments.arm], config.arm_train(arguments.arm)
-    dpo = arm.objective == "dpo"
-    schedule = manifests.read_rows(arguments.schedule, "schedule")
-    steps = schedule[-1]["step"] + 1
-    base = Path(config.model.checkpoint)
-    weights = checkpoint_hash(base)
-    foreign = {row["reference_checkpoint"] for row in schedule} - {weights}
-    if dpo and foreign:
-        raise UserError(
-            f"{arguments.schedule}: reference_checkpoint {foreign.pop()} is not {base} ({weights}); "
-            "run stages.reference with this model again"
-        )
-    wanted = {row[side] for row in schedule for side in ("chosen", "rejected") if row[side]}
-    known = {row["candidate_id"]: row for row in manifests.read_rows(arguments.candidates, "candidates", wanted=wanted)}
-    if lost := sorted(wanted - known.keys()):
-        raise UserError(f"{arguments.schedule}: candidate {lost[0]} is in none of the candidate manifests; give them all")
-
-    prompts = manifests.prompts_of(arguments.prompts, list(known.values()))
-    anchors = judgements(arguments.scores, arguments.candidates, config.seed) if settings.judge_anchor_weight else []
-    modules = code("stages.train", FAMILIES[config.model.family][0])
-    judged = [(row["candidate_id"], p_yes) for _, row, p_yes in anchors]
-    identity = (arm.objective, settings.outcome(), config.seed, weights, modules, *([judged] if judged else []))
-    start = latest([*([arguments.parent] if arguments.parent else []), arguments.work], schedule, identity)
-    if start:
-        require_layout(start, settings)
-    if settings.deepspeed:
-        launched(settings.gpus, settings.nodes)  # from here on in each of the processes
-
+def train(arguments: argparse.Namespace, inputs: Inputs, start: Path | None) -> None:
+    """Train from a save or from the base model, and write checkpoint, metrics and plot. Runs in every process."""
     import torch
 
-    from stages.training.trainer import Stop, Watch, join, leave, make_trainer, whole_model
+    from stages.training.rows import Material, make_rows
+    from stages.training.trainer import Job, Stop, StopSaveLog, join, leave, make_trainer, whole_model
 
     stop = Stop()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    model = config.model.model_copy(update={} if settings.precision == "auto" else {"dtype": settings.precision})
-    if torch.cuda.is_available() and local_rank() is not None:
-        torch.cuda.set_device(local_rank())
-        model = model.model_copy(update={"device": f"cuda:{local_rank()}"})
-    family = open_family(model, base)
+    config, settings, steps = inputs.config, inputs.settings, inputs.steps
+    description = describe(config.model.family)
+    family = open_trained_model(config, settings)
     view = family.training_view()
     view.model.train()
     if settings.deepspeed:
-        join(cpu=view.model.device.type == "cpu")
-    rows = training_rows(family, schedule, prompts, known, dpo, len(anchors))
-    work = keyed(arguments.work, schedule, steps, identity)
+        join(cpu=next(view.model.parameters()).device.type == "cpu")
+
+    work = keyed(arguments.work, inputs.schedule, steps, inputs.identity())
     if rank() == 0:
         discard(arguments.work, work, *([start.parent] if start else []))
     held = claim(work / "writer") if rank() == 0 else lambda: None
-    length = sum(len(row.get("input_ids") or row["prompt_ids"] + row["chosen_ids"]) for row in rows) / len(rows)
-    watch = Watch(settings, stop, held, arguments.schedule, view.flops, length)
-    anchor = anchor_loss(family, anchors, prompts, config.score) if anchors else None
-    trainer = make_trainer(view, rows, settings, work, steps, config.seed, dpo, watch, anchor)
+    material = Material(inputs.schedule, inputs.prompts, inputs.candidates, inputs.dpo, len(inputs.judgements), config.seed)
+    some = material.texts(range(min(len(inputs.schedule), 256)))
+    row_flops = sum(map(view.flops, some)) / len(some) * (2 if inputs.dpo else 1)
+    anchor = None
+    if inputs.judgements:
+        anchor = anchor_loss(family, description, inputs.judgements, inputs.prompts, config.score)
+    trainer = make_trainer(
+        Job(
+            view=view,
+            rows=make_rows(view, material),
+            settings=settings,
+            work=work,
+            steps=steps,
+            seed=config.seed,
+            dpo=inputs.dpo,
+            callback=StopSaveLog(settings, stop, held, arguments.schedule, row_flops),
+            anchor=anchor,
+        )
+    )
     if rank() == 0:
         count = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
         print(f"{steps} steps, {count:,} trainable numbers, from {start.name if start else 'the base model'}", flush=True)
     trainer.train(resume_from_checkpoint=str(start) if start else None)
     if trainer.state.global_step < steps:
         if rank() == 0:
-            print(f"stopped by a signal after step {trainer.state.global_step}, saved; run again to go on", file=sys.stderr)
+            print(
+                f"stopped by a signal after step {trainer.state.global_step}, saved; run it again to continue", file=sys.stderr
+            )
         sys.exit(STOPPED)
     if steps not in map(step_of, saves(work)):
         trainer._save_checkpoint(trainer.model, None)
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
     held()
     finished = aside(arguments.out)
     with whole_model(trainer):
         if rank() == 0:
             family.save(finished)
     if rank() == 0:
-        text = card(config, arguments.arm, arguments.schedule, steps, weights, modules, finished)
-        (finished / "README.md").write_text(text)
-        manifests.write(
-            arguments.metrics,
-            "training",
-            metrics_rows(history, settings),
-            stage="stages.train",
-            settings=settings.outcome(),
-            parents=[arguments.schedule],
-        )
-        plot(history, arguments.metrics.with_suffix(".png"))
-        place(finished, arguments.out)
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        write_results(arguments, inputs, finished, history, description.trained_file)
         discard(arguments.work, work)
         print(json.dumps({"steps": steps, "last_loss": history[-1]["loss"]}))
     leave()
+
+
+def write_results(arguments: argparse.Namespace, inputs: Inputs, finished: Path, history: list[Row], last: str) -> None:
+    """Write metrics and plot, and put the finished checkpoint in place."""
+    text = card(inputs.config, arguments.arm, arguments.schedule, inputs.steps, inputs.weights, inputs.modules)
+    (finished / "README.md").write_text(text)
+    manifests.write(
+        arguments.metrics,
+        "training",
+        metrics_rows(history, inputs.settings),
+        stage="stages.train",
+        settings=inputs.outcome(),
+        parents=[arguments.schedule],
+        uses=inputs.uses,
+    )
+    plot(history, arguments.metrics.with_suffix(".png"))
+    put_in_place(finished, arguments.out, last)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--arm", required=True, help="the arm whose objective and settings apply")
+    parser.add_argument("--prompts", type=Path, required=True, help="prompt manifest")
+    parser.add_argument("--schedule", type=Path, required=True, help="schedule manifest, from the very first step")
+    parser.add_argument("--candidates", type=Path, nargs="+", required=True, help="candidate manifests")
+    parser.add_argument("--scores", type=Path, nargs="*", default=[], help="for the judge anchor: scores of base candidates")
+    parser.add_argument("--continue", dest="parent", type=Path, help="work folder of the training that this one continues")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the trainer's saves")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint folder")
+    parser.add_argument("--metrics", type=Path, required=True, help="training metrics (Parquet)")
+    arguments = parser.parse_args()
+    inputs = read_inputs(arguments)
+    works = [*([arguments.parent] if arguments.parent else []), arguments.work]
+    start = latest(works, inputs.schedule, inputs.identity())
+    if start:
+        require_layout(start, inputs.settings)
+    if inputs.settings.deepspeed:
+        launched(inputs.settings.gpus, inputs.settings.nodes)  # the rest runs in each of the processes
+    train(arguments, inputs, start)
 
 
 if __name__ == "__main__":

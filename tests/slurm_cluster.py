@@ -1,11 +1,11 @@
 """A real SLURM on one machine: a controller and three nodes, two of which have two GPUs each (device files, no hardware).
 
-    python -m tests.slurm_cluster start [--accounting]    also installs what is missing, as root with apt-get
+    python -m tests.slurm_cluster start [--accounting]    also installs missing packages with apt-get, as root
     python -m tests.slurm_cluster stop
 
-Needs root and neither systemd nor cgroups; without cgroups SLURM itself watches the memory of jobs. The nodes claim more
-cores and memory than the machine may have, for nothing here measures speed. SLURM's commands and the jobs of Snakemake find
-the cluster through /etc/slurm/slurm.conf, which becomes a link; a machine that has one already is left alone.
+It needs root, but neither systemd nor cgroups; without cgroups SLURM itself monitors the memory of jobs. The nodes may declare
+more cores and memory than the machine has, because these tests do not measure speed. SLURM's commands and Snakemake's jobs find
+the cluster through /etc/slurm/slurm.conf, which becomes a symbolic link. An existing file of another cluster is left unchanged.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def run(*command: object) -> str:
 
 
 def missing() -> str:
-    """Why no cluster can be started here; empty if one can."""
+    """Return the reason why no cluster can be started here, or an empty text if one can."""
     if os.geteuid():
         return "the cluster's daemons need root"
     lacking = [program for program in PROGRAMS if not shutil.which(program)]
@@ -121,7 +121,7 @@ def wait_for(what: str, condition, seconds: float = 30) -> None:
 
 
 def process(name: str) -> int | None:
-    """The process number of a daemon, or None where it does not run."""
+    """Return the process id of a daemon, or None if it is not running."""
     try:
         number = int((FOLDER / f"{name}.pid").read_text())
         os.kill(number, 0)
@@ -144,7 +144,7 @@ def start_controller() -> None:
 
 
 def start_node(name: str, without: Path | None = None) -> None:
-    """Start a node's slurmd; on its node the folder `without` is empty, as where a file system is not mounted."""
+    """Start a node's slurmd. On that node the folder `without` is empty, as if its file system were not mounted."""
     if without:
         run("unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec slurmd -N "$1"', without, name)
     else:
@@ -172,14 +172,14 @@ def start_database() -> None:
 
 
 def start(accounting: bool) -> None:
-    """A fresh cluster, without any job."""
+    """Start a new cluster without jobs."""
     install()
     if reason := missing():
         sys.exit(f"no SLURM here: {reason}")
     stop()
     for part in ("state", "log", "dev", *(f"spool/{node}" for node in NODES)):
         (FOLDER / part).mkdir(parents=True)
-    for number in (0, 1):  # the devices of /dev/null
+    for number in (0, 1):  # fake GPUs: the same device numbers as /dev/null
         os.mknod(FOLDER / f"dev/gpu{number}", 0o600 | 0o020000, os.makedev(1, 3))
     known = {"folder": FOLDER, "host": socket.gethostname().split(".")[0], "accounting": ACCOUNTING if accounting else ""}
     SYSTEM.mkdir(exist_ok=True)
@@ -203,7 +203,7 @@ def start(accounting: bool) -> None:
 
 
 def stop() -> None:
-    """End jobs and daemons and remove every trace."""
+    """End all jobs and daemons and remove all files of the cluster."""
     if process("slurmctld"):
         subprocess.run(["scancel", "--user", "root"], capture_output=True, timeout=20)
         queue = ["squeue", "--noheader", "--states=running,completing"]
@@ -219,7 +219,7 @@ def stop() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("start", "stop"))
-    parser.add_argument("--accounting", action="store_true", help="with slurmdbd on a database of its own")
+    parser.add_argument("--accounting", action="store_true", help="start slurmdbd with its own database")
     arguments = parser.parse_args()
     if arguments.action == "stop":
         return stop()

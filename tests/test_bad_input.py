@@ -1,4 +1,4 @@
-"""Bad input: one message that names file, field and remedy, an exit code that is not 0, and no output left behind."""
+"""Bad input ends with one message that names file, field and remedy, an exit code other than 0, and no output."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.conftest import ROOT, TINY, environment, refused, snakemake, stage, write_config
+from tests.helpers import ROOT, TINY, environment, refused, snakemake, stage, write_config
 
 CONFIGURATIONS = [
     ({"train": {"lerning_rate": 1e-4}}, ["train.lerning_rate", "did you mean 'learning_rate'"]),
@@ -22,14 +22,26 @@ CONFIGURATIONS = [
     ({"arms": {"sft": {"objective": "ppo"}}}, ["arms.sft.objective", "'sft' or 'dpo'"]),
     ({"arms": {"sft": {"objective": "sft", "epochs": 2, "replay_epochs": [2]}}}, ["arms.sft", "below epochs"]),
     ({"arms": {"base": {"objective": "sft"}}}, ["base", "rename"]),
-    ({"arms": {"sft": {"objective": "sft", "train": {"betta": 1}}}}, ["arms.sft", "betta"]),
+    ({"arms": {"sft": {"objective": "sft", "train": {"betta": 1}}}}, ["arms.sft.train.betta", "did you mean 'beta'"]),
     ({"train": {"batch_size": 7, "micro_batch_size": 2}}, ["multiple of micro_batch_size"]),
     ({"score": {"question": "is it good?"}}, ["score.question", "{prompt}"]),
-    ({"prompts": {"train": {"source": "text", "count": None}}}, ["prompts.train", "need files"]),
+    ({"prompts": {"source": "text"}}, ["prompts.files", "required"]),
+    ({"prompts": {"source": "shapes", "splitt": "held-out"}}, ["prompts.splitt", "did you mean 'split'"]),
+    ({"arms": {"sft": {"objective": "sft", "pairs": {"filter": "oracle"}}}}, ["arms.sft.pairs", "names a judge"]),
     (
-        {"evaluate": {"judge": "none"}, "arms": {"sft": {"objective": "sft", "pairs": {"filter": "oracle"}}}},
-        ["arms.sft.pairs.filter", "evaluate.judge"],
+        {"arms": {"sft": {"objective": "sft", "pairs": {"filter": "oracle", "oracle": "table"}}}},
+        ["arms.sft.pairs.oracle", "judges.table"],
     ),
+    ({"benchmarks": {"held-out": {"judge": "nobody"}}}, ["benchmarks.held-out.judge", "nobody", "shapes, table, family"]),
+    ({"benchmarks": {"train": {"prompts": {"source": "shapes"}}}}, ["benchmarks", "train", "choose another"]),
+    ({"arms": {"sft": {"objective": "sft", "epochs": 4}, "sft-epoch3": {"objective": "sft"}}}, ["sft-epoch3", "rename"]),
+    ({"pairs": {"accept_threshold": 0.5, "reject_threshold": 0.6}}, ["pairs", "reject_threshold 0.6 is above"]),
+    ({"arms": {"sft": {"objective": "sft", "pairs": {"accept_threshold": 0.1}}}}, ["arms.sft.pairs", "reject_threshold 0.9"]),
+    ({"train": {"trainable": "llm+eyes"}}, ["train", "trainable", "eyes", "projector"]),
+    ({"generate": {"sampling": {"guidance": 3}}}, ["generate.sampling.guidance", "janus", "guidance_scale, temperature"]),
+    ({"generate": {"sampling": {"temperature": 0}}}, ["generate.sampling.temperature", "greater than 0"]),
+    ({"generate": {"guidance_scale": 3}}, ["generate.guidance_scale", "moved", "generate.sampling.guidance_scale"]),
+    ({"model": {"family": "jannus"}}, ["model.family", "known families: janus"]),
     ({"model": {"checkpoint": "no/such/folder"}}, ["no/such/folder", "model.checkpoint"]),
 ]
 
@@ -65,9 +77,9 @@ def test_a_configuration_that_is_none(text, words, tmp_path):
 
 
 @pytest.fixture
-def copy(drawn, tmp_path):
-    """A copy of drawn candidates that may be broken."""
-    for path in drawn.iterdir():
+def copy(small_inputs, tmp_path):
+    """A copy of the files of small_inputs, which a test may damage."""
+    for path in small_inputs.iterdir():
         if path.is_file():
             shutil.copy(path, tmp_path / path.name)
     return tmp_path
@@ -80,7 +92,7 @@ def score(folder, *more) -> subprocess.CompletedProcess:
 
 
 def not_scored(folder, *words: str, checkpoint=None) -> None:
-    """Refused, and no output left."""
+    """Assert that scoring is refused and leaves no output."""
     refused(score(folder, *(("--checkpoint", checkpoint) if checkpoint else ())), *words)
     assert not (folder / "scores.parquet").exists()
 
@@ -177,7 +189,7 @@ def test_a_shard_that_is_none(copy, shard):
 
 @pytest.fixture
 def tiny_disk(tmp_path):
-    """A file system of 64 kB."""
+    """A folder on a file system of 64 kB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True)
@@ -187,24 +199,24 @@ def tiny_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk(drawn, tiny_disk):
-    result = stage("generate", "--config", drawn / "config.yaml", "--prompts", drawn / "prompts.parquet",
+def test_a_full_disk(small_inputs, tiny_disk):
+    result = stage("generate", "--config", small_inputs / "config.yaml", "--prompts", small_inputs / "prompts.parquet",
                    "--out", tiny_disk / "c.parquet", "--images", tiny_disk / "c.tar")  # fmt: skip
     refused(result, str(tiny_disk), "No space left", "free space")
     assert not (tiny_disk / "c.parquet").exists()
     assert not (tiny_disk / "c.tar").exists()
 
 
-def test_a_read_only_folder(drawn, tmp_path):
+def test_a_read_only_folder(small_inputs, tmp_path):
     folder = tmp_path / "readonly"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=64k", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:  # not root: permissions do it
+    if mounted.returncode:  # not root, so permissions suffice
         if os.geteuid() == 0:
             pytest.skip("mounting a tmpfs is not allowed here")
         folder.chmod(0o500)
     try:
-        result = stage("prompts", "--config", drawn / "config.yaml", "--set", "train", "--out", folder / "p.parquet")
+        result = stage("prompts", "--config", small_inputs / "config.yaml", "--set", "train", "--out", folder / "p.parquet")
         refused(result, str(folder), "check the path, its permissions")
     finally:
         if not mounted.returncode:

@@ -1,4 +1,4 @@
-"""Training as two processes: it follows one process, stops, goes on, and its checkpoint opens like any other."""
+"""Training as two processes: it agrees with one process, stops, continues, and its checkpoint loads like any other."""
 
 import os
 import re
@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import JanusForConditionalGeneration
 
-from tests.conftest import ROOT, environment, losses, outputs, prepare, refused, train, trained, wait_until
+from tests.helpers import ROOT, environment, losses, outputs, prepare, refused, train, trained, wait_until
 
-pytestmark = pytest.mark.distributed
+pytestmark = pytest.mark.slow
 
 
 def free_port() -> int:
@@ -24,7 +24,7 @@ def free_port() -> int:
 
 
 def launchers(arguments, folder, count: int) -> list[subprocess.Popen]:
-    """The command that the rule runs, on each of `count` nodes that are this machine."""
+    """Start the rule's command once on each of `count` nodes, which are all this machine."""
     command = [sys.executable, "-m", "stages.train", *map(str, (*arguments, *outputs(folder)))]
     nodes = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} if count > 1 else {}
     return [
@@ -47,17 +47,17 @@ def ended(arguments, folder, count: int) -> str:
     return text(folder)
 
 
-# Two nodes with a process each, and one node with two; both objectives.
+# Two nodes with one process each, and one node with two processes; one case for each objective.
 CASES = [("sft", 2, {"nodes": 2}), ("dpo", 3, {"gpus": 2})]
 
 
 @pytest.mark.parametrize(("objective", "zero_stage", "where"), CASES, ids=["zero2-two-nodes-sft", "zero3-one-node-dpo"])
-def test_two_processes_follow_one_and_go_on_after_a_stop(objective, zero_stage, where, drawn, tmp_path):
+def test_two_processes_follow_one_and_go_on_after_a_stop(objective, zero_stage, where, small_inputs, tmp_path):
     alone, whole, halted = (tmp_path / name for name in ("alone", "whole", "halted"))
     epochs = 3 if objective == "sft" else 5
-    trained(prepare(alone, drawn, objective, epochs), alone)
+    trained(prepare(alone, small_inputs, objective, epochs), alone)
     settings = {"zero_stage": zero_stage, "micro_batch_size": 2, **where}
-    arguments, count = prepare(whole, drawn, objective, epochs, **settings), where.get("nodes", 1)
+    arguments, count = prepare(whole, small_inputs, objective, epochs, **settings), where.get("nodes", 1)
     ended(arguments, whole, count)
     assert losses(whole)["loss"] == pytest.approx(losses(alone)["loss"], abs=1e-4)
     assert losses(whole).keys() == losses(alone).keys()
@@ -83,8 +83,8 @@ def test_two_processes_follow_one_and_go_on_after_a_stop(objective, zero_stage, 
     assert not any(report.values())
 
 
-def test_several_nodes_without_a_meeting_point_are_refused(drawn, tmp_path):
-    arguments = prepare(tmp_path, drawn, "sft", 1, nodes=2, micro_batch_size=4)
+def test_several_nodes_without_a_meeting_point_are_refused(small_inputs, tmp_path):
+    arguments = prepare(tmp_path, small_inputs, "sft", 1, nodes=2, micro_batch_size=4)
     left = {name for name in os.environ if name.startswith(("SLURM_", "MASTER_"))}
     assert not left, "this test needs a shell outside of any allocation"
     refused(train(arguments, tmp_path), "train.nodes is 2", "SLURM allocation", "MASTER_ADDR")

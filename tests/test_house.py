@@ -1,4 +1,4 @@
-"""The house's own promises: pins in step, the schema up to date, light stages light, code hashes exact."""
+"""Consistency of the repository: dependency pins, the generated schema, light imports, and fingerprints."""
 
 import json
 import subprocess
@@ -6,10 +6,14 @@ import sys
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from stages.common.config import Config
 from stages.common.fingerprints import code
-from tests.conftest import ROOT, environment
+from stages.families import FAMILIES, describe
+from stages.judges import JUDGES, judge_kind
+from stages.suites import SUITES, open_suite
+from tests.helpers import ROOT, environment
 
 
 def pins() -> dict[str, str]:
@@ -29,11 +33,31 @@ def test_torch_is_pinned():
     assert pins()["torch"] == "2.13.0"
 
 
-def test_the_schema_is_the_models():
-    path = ROOT / "workflow" / "schemas" / "config.schema.json"
-    assert json.loads(path.read_text()) == Config.model_json_schema(), (
-        f"python -m stages.common.config > {path.relative_to(ROOT)}"
-    )
+def test_generated_files_are_in_step_with_the_configuration():
+    script = "import json; from stages.tools.schema import json_schema, page; print(json.dumps([json_schema(), page()]))"
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    schema, page = json.loads(result.stdout)
+    for path, text in (("workflow/schemas/config.schema.json", schema), ("docs/configuration.md", page)):
+        assert (ROOT / path).read_text() == text, f"{path} is out of step: run python -m stages.tools.schema"
+
+
+def sections(section: type[BaseModel]) -> list[type[BaseModel]]:
+    """Return a section of the configuration and all sections below it."""
+    found = [section]
+    for field in section.model_fields.values():
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found += sections(kind)
+    return found
+
+
+def test_every_key_of_the_configuration_has_a_description_in_a_sentence():
+    others = [*(open_suite(name).settings for name in SUITES), *(judge_kind(name).settings for name in JUDGES)]
+    others += [describe(name).sampling for name in FAMILIES]
+    for section in [*sections(Config), *(found for other in others for found in sections(other))]:
+        for name, field in section.model_fields.items():
+            if name not in ("source", "kind"):
+                assert field.description and field.description[-1] == ".", f"{section.__name__}.{name}"
 
 
 @pytest.mark.parametrize(
@@ -55,9 +79,9 @@ def names(files: list[str]) -> set[str]:
 
 
 def test_code_is_what_a_stage_imports():
-    assert "stages/score.py" not in names(code("stages.generate", "stages.families.janus.family"))
+    assert "stages/score.py" not in names(code("stages.generate", mentioned=["FAMILIES[janus]"]))
     assert {"stages/train.py", "stages/common/manifests.py"} <= names(code("stages.train"))
-    assert "stages/families/janus/training.py" in names(code("stages.families.janus.family"))
+    assert "stages/families/janus/training.py" in names(code("stages.train", mentioned=["FAMILIES[janus]"]))
     assert not any("families" in name for name in names(code("stages.pairs")))
     with pytest.raises(FileNotFoundError):
         code("stages.nothing")

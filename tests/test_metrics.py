@@ -1,98 +1,331 @@
-"""The measures, on verdicts written by hand."""
+"""The metrics, computed from hand-written verdicts."""
 
 import numpy as np
 import pytest
 
+from stages import evaluate, report
+from stages.common import manifests
+from stages.common.errors import UserError
+from stages.judges.base import Verdict
 from stages.tools import metrics
-from stages.tools.metrics import Images
+from stages.tools.metrics import Images, Judges
 
 PROMPTS = [{"prompt_id": "p", "category": "color"}, {"prompt_id": "q", "category": "shape"}]
 WHERE = {"p1": "p", "p2": "p", "p3": "p", "q1": "q", "q2": "q"}
+READ = {"1": True, "0": False, "?": None}
+JUDGE = Judges("judge")
 
 
-def images(judge: str, und: str) -> Images:
-    """Verdicts of p1, p2, p3, q1, q2 as five characters: 1, 0, or ? for unreadable."""
-    read = {"1": True, "0": False, "?": None}
-    return Images(
-        WHERE,
-        {name: read[mark] for name, mark in zip(WHERE, judge, strict=True)},
-        {name: read[mark] for name, mark in zip(WHERE, und, strict=True)},
-    )
+def own(marks: str) -> dict[str, bool | None]:
+    """Return verdicts on p1, p2, p3, q1 and q2, given as five characters: 1, 0, or ? for unreadable."""
+    return {name: READ[mark] for name, mark in zip(WHERE, marks, strict=True)}
 
 
-def overall(metric: str, own: Images, base: Images, after: dict) -> tuple[int, int]:
-    numerator, denominator = metrics.count(PROMPTS, own, base, after)[metric].sum((1, 2))
-    return int(numerator), int(denominator)
+def external(marks: str, scores: list[float | None] | None = None) -> dict[str, Verdict]:
+    """Return an external judge's verdicts in the same notation, with optional graded scores. A dot leaves an image out."""
+    graded = zip(WHERE, marks, scores or [None] * 5, strict=True)
+    return {name: Verdict(READ[mark], score) for name, mark, score in graded if mark != "."}
 
 
-def test_generation_and_non_unification_are_over_own_images():
-    own = images("11010", "1100?")
-    assert overall("gen", own, own, own.und) == (3, 5)
-    assert overall("non", own, own, own.und) == (2, 4)
-    assert overall("weak_generation", own, own, own.und) == (1, 2)
-    assert overall("judge_on_own", own, own, own.und) == (3, 4)
+def images(judge: str, verdicts: str, scores: list[float | None] | None = None, **scorers: dict[str, Verdict]) -> Images:
+    neither = dict.fromkeys(WHERE, None)
+    return Images(WHERE, own(verdicts), neither, {"judge": external(judge, scores), **scorers})
 
 
-def test_win_rate_counts_only_where_base_and_trained_differ():
+def counted(metric: str, seen: Images, base: Images, trained: dict, judges: Judges = JUDGE) -> tuple[float, int]:
+    numerator, denominator = metrics.count(PROMPTS, judges, seen, base, trained)[metric].sum((1, 2))
+    return numerator, int(denominator)
+
+
+# judge on the model's images, the model on its own | judge on the base model's images, the base model, the trained model
+@pytest.mark.parametrize(
+    ("metric", "case", "expected"),
+    [
+        ("gen", "11010 11111 | 11111 11111 11111", (3, 5)),
+        ("gen", "110?? 11111 | 11111 11111 11111", (2, 3)),
+        ("non", "11010 11000 | 11111 11111 11111", (3, 5)),
+        ("non", "11010 1100? | 11111 11111 11111", (2, 4)),
+        ("non", "????? 1100? | 11111 11111 11111", (2, 4)),
+        ("weak_generation", "11010 1100? | 11111 11111 11111", (1, 2)),
+        ("weak_generation", "11?10 1100? | 11111 11111 11111", (0, 1)),
+        ("judge_on_own", "11010 1100? | 11111 11111 11111", (3, 4)),
+        ("judge_on_own", "?1010 1100? | 11111 11111 11111", (2, 3)),
+        ("own_unreadable", "11111 1?0?1 | 11111 11111 11111", (2, 5)),
+        ("own_unreadable", "11111 11111 | 11111 ????? ?????", (0, 5)),
+        ("judge_unreadable", "1?0?1 11111 | 11111 11111 11111", (2, 5)),
+        ("judge_unreadable", "11111 ????? | ????? 11111 11111", (0, 5)),
+        # the trained model corrects p2 and p3 and makes an error on q1
+        ("und", "11111 11111 | 10101 11001 10111", (2, 3)),
+        ("und_paper", "11111 11111 | 10101 11001 10111", (2, 3)),
+        ("false_positive_fixed", "11111 11111 | 10101 11001 10111", (1, 5)),
+        ("true_positive_broken", "11111 11111 | 10101 11001 10111", (0, 5)),
+        ("true_positive_broken", "11111 11111 | 11000 11000 10000", (1, 5)),
+        ("judge_on_base", "11111 11111 | 10101 11001 10111", (4, 5)),
+        # p1: judge unreadable, p2: base unreadable, p3: trained unreadable
+        ("und", "11111 11111 | ?1111 1?101 01?11", (1, 1)),
+        ("false_positive_fixed", "11111 11111 | ?0000 1?111 00?01", (1, 2)),
+        ("true_positive_broken", "11111 11111 | ?1111 1?111 00?01", (1, 2)),
+        ("judge_on_base", "11111 11111 | ?1111 1?101 01?11", (3, 3)),
+    ],
+)
+def test_every_metric_counts_what_it_says_and_nothing_unreadable(metric, case, expected):
+    judge, verdicts, _, judge_of_base, base, trained = case.split()
+    found = counted(metric, images(judge, verdicts), images(judge_of_base, base), own(trained))
+    assert found == expected
+
+
+def test_a_graded_score_is_averaged_and_the_verdict_where_there_is_none():
+    graded = images("11?0?", "11111", [0.9, None, 0.25, 0.0, None])
+    assert counted("gen", graded, graded, graded.own) == (pytest.approx(2.15), 4)
+    assert counted("judge_unreadable", graded, graded, graded.own) == (1, 5)
+    assert counted("judge_on_own", graded, graded, graded.own) == (2, 3), "p3 has a score but no verdict"
+
+
+def test_scores_outside_0_and_1_are_refused():
+    for score in (1.5, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            Verdict(True, score)
+
+
+def test_gen_uses_the_categorys_scorer_and_everything_else_the_judge():
+    judges = Judges("judge", {"shape": "scorer"})
+    seen = images("11111", "11111", scorer=external("...0?"))
+    counts = metrics.count(PROMPTS, judges, seen, seen, seen.own)
+    assert counts["gen"][:, 0].tolist() == [[3, 0], [3, 1]]
+    assert counts["scorer_unreadable"][:, 0].tolist() == [[0, 1], [3, 2]]
+    assert counts["judge_unreadable"][:, 0].tolist() == [[0, 0], [3, 2]]
+    assert counts["judge_on_own"][:, 0].tolist() == [[3, 2], [3, 2]]
+    names = {category: judges.of("gen", category, ["color", "shape"]) for category in ("color", "shape", "overall")}
+    assert names == {"color": "judge", "shape": "scorer", "overall": "judge, scorer"}
+    assert judges.of("und", "shape", ["color", "shape"]) == "judge"
+    assert judges.of("non", "shape", ["color", "shape"]) is None
+
+
+def test_without_an_external_judge_there_are_only_the_models_own_measures():
+    seen = Images(WHERE, own("1100?"), dict.fromkeys(WHERE, 0.25) | {"p1": None})
+    counts = metrics.count(PROMPTS, Judges(), seen, seen, seen.own)
+    found = {name: part.sum((1, 2)).tolist() for name, part in counts.items()}
+    assert found == {"non": [2, 4], "own_unreadable": [1, 5], "neither": [1, 4]}
+
+
+def test_without_an_external_judge_the_scorers_still_measure_gen():
+    judges = Judges(None, {"color": "scorer"})
+    seen = Images(WHERE, own("11000"), dict.fromkeys(WHERE, None), {"scorer": external("110..")})
+    counts = metrics.count(PROMPTS, judges, seen, seen, seen.own)
+    assert set(counts) == {"gen", "non", "own_unreadable", "scorer_unreadable", "neither"}
+    assert counts["gen"][:, 0].tolist() == [[2, 0], [3, 0]]
+    assert metrics.share("gen", counts["gen"], metrics.groups_of(PROMPTS)["overall"]) == pytest.approx(200 / 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda seen: seen.external["judge"].pop("q2"), "the judge judge has no row for 1 of the 5 the arm's images"),
+        (lambda seen: seen.external.clear(), "the judge judge has no row for 5 of the 5"),
+        (lambda seen: seen.external["judge"].update(x=Verdict(True)), "verdicts on 1 images that are not in the scores"),
+        (lambda seen: seen.prompt.update(p1="elsewhere"), "prompt_id elsewhere"),
+    ],
+)
+def test_verdicts_on_other_images_are_refused(change, words):
+    base, seen = images("11111", "11111"), images("11111", "11111")
+    seen.prompt = dict(seen.prompt)
+    change(seen)
+    with pytest.raises(UserError, match=words):
+        metrics.count(PROMPTS, JUDGE, seen, base, base.own)
+
+
+def test_scores_of_other_base_images_are_refused():
+    base = images("11111", "11111")
+    with pytest.raises(UserError, match="--arm-scores-of-base"):
+        metrics.count(PROMPTS, JUDGE, base, base, {"p1": True})
+
+
+def test_no_disagreement_is_no_win_rate_and_50_as_the_paper_counts():
     base = images("10101", "11001")
-    after = images("10101", "10111").und  # p2 and p3 are put right, q1 is put wrong
-    assert overall("und", base, base, after) == (2, 3)
-    assert overall("false_positive_fixed", base, base, after) == (1, 5)
-    assert overall("true_positive_broken", base, base, after) == (0, 5)
-    assert overall("judge_on_base", base, base, after) == (4, 5)
+    counts = metrics.count(PROMPTS, JUDGE, base, base, base.own)
+    for metric, value in [("und", None), ("und_paper", 50.0)]:
+        groups = metrics.groups_of(PROMPTS)["overall"]
+        row = metrics.summarise(metric, counts[metric], counts[metric], groups, 100, 0)
+        assert (row["value"], row["denominator"], row["ci_low"], row["delta_ci_low"]) == (value, 0, None, None)
 
 
-def test_a_broken_true_positive_is_counted():
-    base = images("11000", "11000")
-    assert overall("true_positive_broken", base, base, images("11000", "10000").und) == (1, 5)
+def test_the_overall_win_rate_leaves_out_categories_that_the_paper_counts_as_50():
+    prompts = [{"prompt_id": str(i), "category": f"category {i}"} for i in range(6)]
+    seen = Images({str(i): str(i) for i in range(6)}, dict.fromkeys("012345", True), dict.fromkeys("012345", None))
+    seen.external["judge"] = dict.fromkeys("012345", Verdict(True))
+    counts = metrics.count(prompts, JUDGE, seen, seen, seen.own | {"0": False})
+    groups = metrics.groups_of(prompts)["overall"]
+    assert metrics.share("und", counts["und"], groups) == 0
+    assert metrics.share("und_paper", counts["und_paper"], groups) == pytest.approx(41.67, abs=0.01)
 
 
-def test_an_unreadable_verdict_is_no_disagreement():
-    base = images("11111", "1?111")
-    assert overall("und", base, base, images("11111", "11?00").und) == (0, 2)
+def counts_of(*prompts: tuple[float, float]) -> np.ndarray:
+    """Return the counts of one run from the numerator and denominator of each prompt."""
+    return np.array(prompts, dtype=float).T[:, None, :]
 
 
-def test_no_disagreement_is_50_with_n_0():
-    base = images("10101", "11001")
-    counts = metrics.count(PROMPTS, base, base, base.und)["und"]
-    groups = metrics.groups_of(PROMPTS)["overall"]
-    row = metrics.summarise("und", counts, counts, groups, 100, 0)
-    assert (row["value"], row["denominator"], row["ci_low"]) == (50.0, 0, None)
+@pytest.mark.parametrize(
+    ("prompts", "value", "has_interval"),
+    [
+        ([(0, 2), (0, 0), (0, 0), (0, 0)], 0, False),  # one prompt
+        ([(0, 1), (0, 0), (1, 1), (0, 0)], 50, False),  # one prompt in each category, so nothing can be resampled within it
+        ([(0, 1), (0, 1), (0, 0), (0, 0)], 0, False),  # two with the same outcome
+        ([(0, 1), (1, 1), (0, 0), (0, 0)], 50, True),
+        ([(0, 1), (1, 1), (1, 1), (0, 0)], 75, True),
+    ],
+)
+def test_a_win_rate_has_an_interval_only_where_resampling_says_something(prompts, value, has_interval):
+    counts = counts_of(*prompts)
+    row = metrics.summarise("und", counts, counts, [np.arange(2), np.arange(2, 4)], 400, 0)
+    assert (row["value"], row["delta"], row["prompts"]) == (value, value - 50, 4)
+    assert (row["numerator"], row["denominator"]) == tuple(np.sum(prompts, axis=0))
+    if has_interval:
+        assert row["ci_low"] < value < row["ci_high"]
+        assert (row["delta_ci_low"], row["delta_ci_high"]) == (row["ci_low"] - 50, row["ci_high"] - 50)
+    else:
+        assert [row[key] for key in ("ci_low", "ci_high", "delta_ci_low", "delta_ci_high")] == [None] * 4
 
 
-def test_without_an_external_judge_there_is_only_non():
-    own = images("?????", "1100?")
-    counts = metrics.count(PROMPTS, own, own, own.und)
-    assert {name: found.sum((1, 2)).tolist() for name, found in counts.items()} == {"non": [2, 4]}
+def test_the_difference_has_an_interval_only_where_base_has_two_prompts_as_well():
+    one, both = counts_of((1, 2), (0, 0)), counts_of((1, 2), (1, 2))
+    row = metrics.summarise("weak_generation", both, one, [np.arange(2)], 100, 0)
+    assert (row["ci_low"], row["ci_high"]) == (50, 50)
+    assert (row["delta"], row["delta_ci_low"], row["delta_ci_high"]) == (0, None, None)
 
 
 def test_overall_is_the_unweighted_mean_over_categories():
-    own = images("11010", "11111")
-    counts = metrics.count(PROMPTS, own, own, own.und)["gen"]
+    seen = images("11010", "11111")
+    counts = metrics.count(PROMPTS, JUDGE, seen, seen, seen.own)["gen"]
     groups = metrics.groups_of(PROMPTS)
     assert metrics.share("gen", counts, groups["color"]) == pytest.approx(200 / 3)
     assert metrics.share("gen", counts, groups["overall"]) == pytest.approx((200 / 3 + 50) / 2)
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
-    """400 draws of 60 prompts with 4 images that share a prompt's difficulty: 95 % intervals cover 92 to 98 %."""
+    """On 400 samples of 60 prompts, whose 4 images share a difficulty, 95 % intervals cover the truth in 92 to 98 %."""
     generator = np.random.default_rng(0)
     covered = 0
     groups = [np.arange(60)]
     for trial in range(400):
         ease = generator.beta(1, 1, size=60)
         numerator = generator.binomial(4, ease)
-        counts = np.stack([numerator, np.full(60, 4)])[:, None, :]
-        low, high = metrics.interval(metrics.resample(counts, groups, 400, trial))
+        counts = np.stack([numerator, np.full(60, 4)])[:, None, :].astype(float)
+        low, high = metrics.interval(metrics.resample("gen", counts, groups, 400, trial))
         covered += low <= 50 <= high
     assert 0.92 <= covered / 400 <= 0.98
 
 
 def test_differences_to_base_are_paired():
     generator = np.random.default_rng(1)
-    base = np.stack([generator.binomial(4, generator.beta(1, 1, size=60)), np.full(60, 4)])[:, None, :]
+    base = np.stack([generator.binomial(4, generator.beta(1, 1, size=60)), np.full(60, 4)])[:, None, :].astype(float)
     better = base.copy()
     better[0, 0, ::6] = np.minimum(better[0, 0, ::6] + 1, 4)
     row = metrics.summarise("gen", better, base, [np.arange(60)], 1000, 0)
     assert row["delta_ci_low"] >= 0
     assert row["delta_ci_high"] - row["delta_ci_low"] < (row["ci_high"] - row["ci_low"]) / 2
+
+
+# The stages around them
+
+
+def write_scores(path, p_yes: list[float | None], verdicts: str):
+    rows = [
+        {"candidate_id": name, "prompt_id": WHERE[name], "p_yes": p, "p_neither": 0.1, "verdict": READ[mark], "judge": "model"}
+        for name, p, mark in zip(WHERE, p_yes, verdicts, strict=True)
+    ]
+    manifests.write(path, "scores", rows, stage="stages.score")
+    return path
+
+
+def write_verdicts(path, judge: str, verdicts: dict[str, Verdict]):
+    rows = [
+        {"candidate_id": name, "prompt_id": WHERE[name], "verdict": verdict.matches, "score": verdict.score, "judge": judge}
+        for name, verdict in verdicts.items()
+    ]
+    manifests.write(path, "verdicts", rows, stage="stages.judge")
+    return path
+
+
+CONFIG = """
+run: metrics
+benchmarks:
+  judged: {{prompts: {{source: shapes}}, judge: shapes, scorers: {{shape: people}}}}
+  unjudged: {{prompts: {{source: shapes}}}}
+judges: {{people: {{kind: table, files: [{folder}/people.csv]}}}}
+evaluate: {{bootstrap: 50}}
+"""
+
+
+@pytest.fixture
+def evaluated(tmp_path, monkeypatch):
+    """A function that evaluates sft on a benchmark and returns the rows by metric and category, and the manifest's path."""
+    (tmp_path / "config.yaml").write_text(CONFIG.format(folder=tmp_path))
+    prompts = [row | {"prompt": row["prompt_id"], "source": "shapes", "split": "held-out"} for row in PROMPTS]
+    manifests.write(tmp_path / "prompts.parquet", "prompts", prompts, stage="stages.prompts")
+
+    def run(benchmark: str, own_scores, base_scores, verdicts=(), base_verdicts=()):
+        out = tmp_path / f"{benchmark}.parquet"
+        arguments = ["evaluate", "--config", tmp_path / "config.yaml", "--benchmark", benchmark, "--arm", "sft"]
+        arguments += ["--prompts", tmp_path / "prompts.parquet", "--verdicts", *verdicts, "--scores", own_scores]
+        arguments += ["--base-verdicts", *base_verdicts, "--base-scores", base_scores]
+        arguments += ["--arm-scores-of-base", base_scores, "--out", out]
+        monkeypatch.setattr("sys.argv", list(map(str, arguments)))
+        evaluate.main()
+        return {(row["metric"], row["category"]): row for row in manifests.read_rows(out, "metrics")}, out
+
+    return run
+
+
+def test_the_models_verdict_is_never_cut_again(evaluated, tmp_path):
+    """p_yes is above one half everywhere, but the model's own threshold, whatever it is, rejected q1 and q2."""
+    scores = write_scores(tmp_path / "own.parquet", [0.6, 0.6, 0.6, 0.6, None], "1110?")
+    rows, _ = evaluated("unjudged", scores, scores)
+    assert (rows["non", "shape"]["numerator"], rows["non", "shape"]["denominator"]) == (1, 1)
+    assert rows["own_unreadable", "shape"]["value"] == 50
+    assert rows["neither", "overall"]["value"] == pytest.approx(10)
+    assert {metric for metric, _ in rows} == {"non", "own_unreadable", "neither"}
+    assert {row["judge"] for row in rows.values()} == {None}
+
+
+def test_evaluate_tells_the_judges_of_all_manifests_apart(evaluated, tmp_path):
+    scores = write_scores(tmp_path / "own.parquet", [0.9] * 5, "11111")
+    shapes = write_verdicts(tmp_path / "shapes.parquet", "shapes", external("11011"))
+    people = write_verdicts(tmp_path / "people.parquet", "people", external("...11", [None, None, None, 0.25, 0.5]))
+    empty = write_verdicts(tmp_path / "empty.parquet", "people", {})
+    rows, out = evaluated("judged", scores, scores, [shapes, people, empty], [people, shapes])
+    gen = rows["gen", "shape"]
+    assert (gen["benchmark"], gen["judge"]) == ("judged", "people")
+    assert (gen["value"], gen["denominator"], gen["prompts"]) == (37.5, 2, 1)
+    assert rows["gen", "color"]["judge"] == "shapes"
+    assert rows["gen", "overall"]["judge"] == "shapes, people"
+    assert rows["judge_on_own", "overall"]["judge"] == "shapes"
+    assert rows["und", "overall"]["value"] is None
+    unjudged, other = evaluated("unjudged", scores, scores)
+    assert ("gen", "overall") not in unjudged
+
+    table = report.summary_rows(manifests.read_rows([out, other], "metrics"))
+    assert [(row["benchmark"], row["category"]) for row in table] == [
+        (benchmark, category) for benchmark in ("judged", "unjudged") for category in ("color", "shape", "overall")
+    ]
+    report.write_csv(table, tmp_path / "summary.csv")
+    shown = report.show(table).split("\n")
+    assert shown[0] == "judged (judge shapes, gen by shapes, people)"
+    assert shown[2].split() == ["sft", "52.1", "0.0", "-", "83.3", "83.3"]
+    assert shown[4] == "unjudged (no external judge)"
+    assert shown[6].split() == ["sft", "-", "0.0", "-", "-", "-"]
+
+
+def test_a_scorer_of_a_category_that_is_not_there_is_named(evaluated, tmp_path):
+    text = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text.replace("shape: people", "shapes: people"))
+    scores = write_scores(tmp_path / "own.parquet", [0.9] * 5, "11111")
+    with pytest.raises(UserError, match=r"benchmarks.judged.scorers.shapes.*color, shape"):
+        evaluated("judged", scores, scores)
+
+
+def test_the_table_says_how_many_disagreements_the_win_rate_has():
+    row = {"arm": "sft", "und": 58.3, "und_n": 12, "und_delta_ci_low": -4.0, "und_delta_ci_high": 20.5}
+    assert report.cell(row, "und") == "58.3 n 12 (-4.0 to +20.5)"
+    assert report.cell(row | {"und_n": 1, "und_delta_ci_low": None}, "und") == "58.3 n 1"
+    assert report.cell(row | {"und": None, "und_n": 0}, "und") == "-"
+    assert report.cell({"arm": "base", "gen": 46.1, "gen_delta_ci_low": 0.0, "gen_delta_ci_high": 0.0}, "gen") == "46.1"

@@ -1,4 +1,4 @@
-"""Prompt files as they are found in the wild."""
+"""Prompt files as they occur in practice, with line ends of all kinds, blank lines, duplicates and errors."""
 
 import json
 from collections import Counter
@@ -7,17 +7,19 @@ from pathlib import Path
 import pytest
 
 from stages.common import manifests
-from stages.common.config import PromptSet
 from stages.prompts import collect, prompt_id
-from tests.conftest import BENCHMARKS, done, refused, stage, write_config
+from stages.suites.geneval import GenevalPrompts
+from stages.suites.shapes import ShapesPrompts
+from stages.suites.text import TextPrompts
+from tests.helpers import BENCHMARKS, done, refused, stage, write_config
 
 needs_benchmarks = pytest.mark.skipif(
     not BENCHMARKS.is_dir(), reason="the benchmarks' prompt files are not beside the repository"
 )
 
 
-def text(*files: Path, **more) -> PromptSet:
-    return PromptSet(source="text", files=[str(path) for path in files], **more)
+def text(*files: Path, **more) -> TextPrompts:
+    return TextPrompts(source="text", files=[str(path) for path in files], **more)
 
 
 def test_line_ends_final_newline_blank_lines_and_duplicates(tmp_path):
@@ -40,14 +42,14 @@ def test_validation_prompts_are_dropped_from_train(tmp_path):
 def test_the_command_reports_what_it_dropped(tmp_path):
     (tmp_path / "color_train.txt").write_text("a red dog\na red dog\n")
     train = {"source": "text", "files": [str(tmp_path / "color_train.txt")], "count": None}
-    result = done("prompts", "--config", write_config(tmp_path, prompts={"train": train}), "--set", "train",
+    result = done("prompts", "--config", write_config(tmp_path, prompts=train), "--set", "train",
                   "--out", tmp_path / "out.parquet")  # fmt: skip
     assert "dropped 1: duplicate" in result.stdout
     assert "1 prompts: color 1" in result.stdout
 
 
 def test_shapes_prompts_are_spread_over_categories_and_change_with_the_seed():
-    chosen = PromptSet(source="shapes", count=60)
+    chosen = ShapesPrompts(source="shapes", count=60)
     rows, _ = collect(chosen, 0)
     assert set(Counter(row["category"] for row in rows).values()) == {10}
     assert rows == collect(chosen, 0)[0]
@@ -63,7 +65,7 @@ def test_the_id_ignores_case_space_and_full_stop():
 def test_geneval_metadata(tmp_path):
     line = {"tag": "counting", "include": [{"class": "bench", "count": 2}], "prompt": "a photo of two benches"}
     (tmp_path / "m.jsonl").write_text(json.dumps(line) + "\n")
-    rows, _ = collect(PromptSet(source="geneval", files=[str(tmp_path / "m.jsonl")]), 0)
+    rows, _ = collect(GenevalPrompts(source="geneval", files=[str(tmp_path / "m.jsonl")]), 0)
     assert rows[0]["category"] == "counting"
     assert json.loads(rows[0]["metadata"])["include"][0]["count"] == 2
 
@@ -74,7 +76,7 @@ def test_t2i_compbench_as_published():
     expected = {"color": 679, "shape": 685, "texture": 695}
     for name, unique in expected.items():
         rows, _ = collect(text(folder / f"{name}_train.txt"), 0)
-        assert len(rows) <= unique  # case and full stop are normalised too
+        assert len(rows) <= unique  # case and final full stops are normalised too
         assert len(rows) >= unique - 10
     for name, shared in {"spatial": 2, "shape": 4}.items():
         _, dropped = collect(text(folder / f"{name}_train.txt", exclude=[str(folder / f"{name}_val.txt")]), 0)
@@ -86,7 +88,7 @@ def test_t2i_compbench_as_published():
 
 @needs_benchmarks
 def test_geneval_as_published():
-    rows, _ = collect(PromptSet(source="geneval", files=[str(BENCHMARKS / "geneval" / "evaluation_metadata.jsonl")]), 0)
+    rows, _ = collect(GenevalPrompts(source="geneval", files=[str(BENCHMARKS / "geneval" / "evaluation_metadata.jsonl")]), 0)
     counts = Counter(row["category"] for row in rows)
     assert sum(counts.values()) == 553
     assert counts["color_attr"] == counts["position"] == 100
@@ -110,7 +112,7 @@ def test_a_broken_prompt_file_is_named(tmp_path, content, words):
         path.mkdir()
     else:
         path.write_bytes(content)
-    config = write_config(tmp_path, prompts={"train": {"source": "text", "files": [str(path)], "count": None}})
+    config = write_config(tmp_path, prompts={"source": "text", "files": [str(path)]})
     result = stage("prompts", "--config", config, "--set", "train", "--out", tmp_path / "out.parquet")
     refused(result, str(path), *words)
     assert not (tmp_path / "out.parquet").exists()

@@ -1,13 +1,13 @@
-"""Pairs, discard pool, replay and schedule: the data's way from verdicts to training."""
+"""Pairs, discard pool, replay and schedule: from verdicts to training data."""
 
 import pytest
 
 from stages.common import manifests
 from stages.common.config import Pairs
+from stages.families.tools.asking import parse_answer
 from stages.pairs import select
 from stages.schedule import plan
-from stages.score import parse_answer
-from tests.conftest import done, write_config
+from tests.helpers import done, write_config
 
 
 def candidates(*p_yes: float | None) -> list[dict]:

@@ -1,4 +1,4 @@
-"""The little world: what is rendered is read back, what is said is true, and nothing leaks between the splits."""
+"""The shapes world: scenes survive rendering and reading, prompts describe their scenes, and the splits are disjoint."""
 
 import numpy as np
 import pytest

@@ -21,12 +21,24 @@ import pytest
 import yaml
 
 from tests import slurm_cluster as cluster
-from tests.conftest import ROOT, SMALL, call, environment, losses, merged, stage
-from tests.test_workflow import SOURCES, completed, edited, ended, manifests_of, rerun
+from tests.helpers import (
+    ROOT,
+    SMALL,
+    call,
+    completed,
+    copy_of_the_project,
+    edited,
+    environment,
+    losses,
+    merged,
+    rerun,
+    stage,
+)
+from tests.test_workflow import ended, manifests_of
 
 pytestmark = pytest.mark.slurm
 ON_GPUS = ("generate", "score", "reference", "train")
-# Small batches, so that there is time to disturb a shard between two of them; they change no candidate.
+# Small batches leave time to disturb a shard between two of them. They change no candidate.
 CONFIG = merged(SMALL, {"generate": {"batch_size": 3}, "score": {"batch_size": 5}}) | {
     "arms": {"c-sft": {"objective": "sft", "epochs": 2, "replay_epochs": [1]}}
 }
@@ -45,10 +57,9 @@ def slurm():
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A copy of the repository whose profile looks after its jobs more often."""
-    folder = tmp_path_factory.mktemp("source")
-    for name in (*SOURCES, "slurm"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
+    """A copy of the repository whose profile polls its jobs more often."""
+    folder = copy_of_the_project(tmp_path_factory.mktemp("source"))
+    shutil.copytree(ROOT / "slurm", folder / "slurm")
     edit_profile(folder, {"slurm-init-seconds-before-status-checks": 12})
     return folder
 
@@ -65,7 +76,7 @@ def prepared(folder: Path, changes: dict | None = None) -> Path:
 
 
 def start(source: Path, folder: Path, *more: object) -> subprocess.Popen:
-    """snakemake in the background, its output in a file: a plugin that waits for ever must not hold the tests."""
+    """Run snakemake in the background with its output in a file, so that a plugin that waits forever cannot block the tests."""
     command = ["timeout", "-k", "10", "900", *call(folder, "--profile", "slurm", *more)]
     with (folder / "output").open("a") as output:
         return subprocess.Popen(
@@ -92,7 +103,7 @@ class Payload:
     gpus: str
 
     def kept(self, folder: Path) -> int:
-        """Batches finished so far."""
+        """Return the number of finished batches."""
         path = folder / self.out
         return len(list(path.parent.glob(f".{path.name}.*.partial/*.parquet")))
 
@@ -116,7 +127,7 @@ def payloads(folder: Path) -> list[Payload]:
 
 
 class Saboteur:
-    """Watches a run and applies each fault once, to the first process that it is meant for."""
+    """Watches a run and applies each fault once, to the first process that it is intended for."""
 
     def __init__(self, source: Path, folder: Path) -> None:
         self.source, self.folder = source, folder
@@ -127,12 +138,12 @@ class Saboteur:
         self.faults: list[tuple[str, str, int, Callable[[Payload], None]]] = [  # stage, part of its output, batches kept
             ("generate", "base/candidates/train/0000", 3, self.cancel),
             ("generate", "base/candidates/train/0001", 3, self.kill),
-            ("judge", "base/verdicts/evaluation/0000", 0, self.out_of_time),
+            ("judge", "base/verdicts/shapes/held-out/0000", 0, self.out_of_time),
             ("score", "base/scores/train/0000", 2, self.requeue),
             ("score", "base/scores/train/0001", 2, self.run_a_second_snakemake),
             ("schedule", "c-sft-epoch1/schedule", 0, self.restart_controller),
             ("generate", "c-sft-epoch1/candidates/replay/0000", 2, self.lose_node),
-            ("score", "c-sft/scores/base-evaluation/0000", 0, self.kill_snakemake),
+            ("score", "c-sft/scores-of-base/held-out/0000", 0, self.kill_snakemake),
         ]
 
     def cancel(self, payload: Payload) -> None:
@@ -159,7 +170,7 @@ class Saboteur:
         cluster.start_controller()
 
     def lose_node(self, payload: Payload) -> None:
-        """SLURM loses the node, and the job's process lives on there; it goes on while its successor is at work."""
+        """SLURM loses the node while the job's process is still alive there, and the process continues beside its successor."""
         os.kill(payload.process, signal.SIGSTOP)
         cluster.end(payload.node, signal.SIGKILL)
         self.stopped = payload
@@ -193,18 +204,18 @@ class Saboteur:
                 fault, payload = found
                 act = fault[-1]
                 self.kept[act.__name__] = payload.kept(self.folder)
-                with suppress(ProcessLookupError, psutil.NoSuchProcess):  # it has just ended: the next one
+                with suppress(ProcessLookupError, psutil.NoSuchProcess):  # the process has just ended, so try the next one
                     act(payload)
                     self.faults.remove(fault)
             for path in ended(self.folder):
-                file = path.stat().st_ino  # Snakemake touches what has ended
+                file = path.stat().st_ino  # Snakemake touches the outputs of finished jobs, so only the inode identifies a file
                 assert self.finished.setdefault(path, file) == file, f"{path} was drawn again"
             time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
 def disturbed(source, tmp_path_factory):
-    """The run that meets every fault. Training is given too little memory at first, the judge a minute."""
+    """The run that meets every fault. Training first requests too little memory, and the judge only one minute."""
     edit_profile(source, {"set-resources": {
         "train": {"mem_mb": "400 if attempt == 1 else 4000"}, "judge": {"runtime": "1 if attempt == 1 else 30"},
     }})  # fmt: skip
@@ -227,7 +238,7 @@ def job(number: str) -> dict[str, str]:
 
 
 def jobs_of(folder: Path, rule: str) -> list[dict[str, str]]:
-    """All SLURM jobs of a rule, in order."""
+    """Return all SLURM jobs of a rule, in order."""
     text = cluster.run("scontrol", "show", "jobs", "--oneliner")
     found = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in text.splitlines()]
     return [entry for entry in found if f"{folder}/.snakemake/slurm_logs/rule_{rule}/" in entry["StdOut"]]
@@ -313,23 +324,23 @@ def test_a_shard_that_fails_for_good_stops_only_what_depends_on_it(source, local
     folder = tmp_path / "run"
     shutil.copytree(local, folder)
     results = folder / "results/small"
-    shard = results / "base/candidates/evaluation/0001.tar"
+    shard = results / "base/candidates/held-out/0001.tar"
     times = shard.stat()
     shard.write_bytes(shard.read_bytes()[:5000])
     os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
-    for path in [*(results / "c-sft/scores/base-evaluation").iterdir(), results / "c-sft/metrics.parquet"]:
+    for path in [*(results / "c-sft/scores-of-base/held-out").iterdir(), results / "c-sft/metrics/held-out.parquet"]:
         path.unlink()
     for name in ("contact_sheet.png", "summary.csv"):
         (results / name).unlink()
     code, output = snakemake(source, folder, "--retries", 0)
     assert code
-    assert (results / "c-sft/scores/base-evaluation/0000.parquet").exists()
-    assert not (results / "c-sft/scores/base-evaluation/0001.parquet").exists()
-    assert not (results / "c-sft/metrics.parquet").exists()
+    assert (results / "c-sft/scores-of-base/held-out/0000.parquet").exists()
+    assert not (results / "c-sft/scores-of-base/held-out/0001.parquet").exists()
+    assert not (results / "c-sft/metrics/held-out.parquet").exists()
     assert (results / "contact_sheet.png").exists()
     end = output[output.rindex("Exiting because a job execution failed") :]
-    assert re.search(r"failed: c-sft/scores/base-evaluation/0001.parquet.*cut short or broken", end)
-    assert "failed: c-sft/scores/base-evaluation/0001.parquet" in stage("tools.status", results).stdout
+    assert re.search(r"failed: c-sft/scores-of-base/held-out/0001.parquet.*cut short or broken", end)
+    assert "failed: c-sft/scores-of-base/held-out/0001.parquet" in stage("tools.status", results).stdout
 
 
 def test_training_on_two_nodes_follows_one_process(source, local, tmp_path):
@@ -341,7 +352,7 @@ def test_training_on_two_nodes_follows_one_process(source, local, tmp_path):
     assert losses(folder / trained)["loss"] == pytest.approx(losses(local / trained)["loss"], abs=1e-4)
 
 
-ONE_SHARD = "results/small/base/candidates/evaluation/0000.parquet"
+ONE_SHARD = "results/small/base/candidates/held-out/0000.parquet"
 
 
 def test_a_model_on_the_cpu_asks_for_no_gpu(source, tmp_path):
@@ -352,7 +363,7 @@ def test_a_model_on_the_cpu_asks_for_no_gpu(source, tmp_path):
 
 
 def failed_log(output: str) -> str:
-    """What the SLURM log says that the message names."""
+    """Return the content of the SLURM log that the message names."""
     return Path(re.findall(r"(/\S+/slurm_logs/\S+?\.log)", output)[-1]).read_text()
 
 

@@ -1,4 +1,4 @@
-"""Training: what changes, what does not, and that a continued segment is the uninterrupted one to the bit."""
+"""Training: which parameters change, which do not, and that a continued segment equals an uninterrupted one bit for bit."""
 
 import copy
 import math
@@ -12,46 +12,47 @@ from safetensors.torch import load_file
 
 from stages.common import manifests, shards
 from stages.common.config import Train, load, validate
+from stages.families import checkpoint_hash
+from stages.families.base import Pictures
 from stages.families.janus.family import Janus
-from stages.families.tools.checkpoints import checkpoint_hash
-from tests.conftest import SMALL, TINY, losses, prepare, refused, train, trained
+from tests.helpers import SMALL, TINY, losses, prepare, refused, train, trained
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
-def test_a_forked_segment_equals_the_uninterrupted_training_to_the_bit(objective, drawn, tmp_path):
+def test_a_forked_segment_equals_the_uninterrupted_training_to_the_bit(objective, small_inputs, tmp_path):
     first, whole, forked = (tmp_path / name for name in ("first", "whole", "forked"))
-    trained(prepare(first, drawn, objective, 1), first)
-    trained(prepare(whole, drawn, objective, 2), whole)
-    assert "from checkpoint-" in trained(prepare(forked, drawn, objective, 2), forked, "--continue", first / "work")
+    trained(prepare(first, small_inputs, objective, 1), first)
+    trained(prepare(whole, small_inputs, objective, 2), whole)
+    assert "from checkpoint-" in trained(prepare(forked, small_inputs, objective, 2), forked, "--continue", first / "work")
     for name in ("checkpoint/model.safetensors", "training.parquet"):
         assert (forked / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_without_the_parents_saves_it_starts_over_and_ends_the_same(drawn, tmp_path):
+def test_without_the_parents_saves_it_starts_over_and_ends_the_same(small_inputs, tmp_path):
     whole, again = tmp_path / "whole", tmp_path / "again"
-    trained(prepare(whole, drawn, "sft", 1), whole)
-    assert "from the base model" in trained(prepare(again, drawn, "sft", 1), again, "--continue", tmp_path / "deleted")
+    trained(prepare(whole, small_inputs, "sft", 1), whole)
+    assert "from the base model" in trained(prepare(again, small_inputs, "sft", 1), again, "--continue", tmp_path / "deleted")
     assert (again / "checkpoint/model.safetensors").read_bytes() == (whole / "checkpoint/model.safetensors").read_bytes()
 
 
-def test_saves_of_other_settings_are_never_continued(drawn, tmp_path):
-    trained(prepare(tmp_path, drawn, "sft", 1), tmp_path)
-    assert "from the base model" in trained(prepare(tmp_path, drawn, "sft", 1, learning_rate=1e-5), tmp_path)
+def test_saves_of_other_settings_are_never_continued(small_inputs, tmp_path):
+    trained(prepare(tmp_path, small_inputs, "sft", 1), tmp_path)
+    assert "from the base model" in trained(prepare(tmp_path, small_inputs, "sft", 1, learning_rate=1e-5), tmp_path)
 
 
 LLM = ("model.language_model.layers.", "model.language_model.norm.")
 TEXT = ("model.language_model.embed_tokens.",)
 HEAD, JUDGING = ("lm_head.",), ("model.aligner.", "model.vision_model.")
-# What is set, the objective, and the prefixes of what must change; all else must not. The image's loss does not reach what
-# only judges, so that trains under the judge anchor alone.
+# Settings, objective, and prefixes of the parameters that must change; no other parameter may change. The image loss does not
+# reach parameters that are used only for judging, so these train only with the judge anchor.
 TRAINABLE = [
     ({}, "sft", LLM),
     ({"weight_decay": 0.1}, "dpo", LLM),
-    ({"train_text": True}, "sft", (*LLM, *TEXT)),
+    ({"trainable": "llm+text"}, "sft", (*LLM, *TEXT)),
     ({"trainable": "llm+projector"}, "sft", (*LLM, "model.generation_aligner.")),
     ({"trainable": "llm+projector+vision"}, "dpo", (*LLM, "model.generation_aligner.")),
     (
-        {"trainable": "llm+projector+vision", "train_text": True, "judge_anchor_weight": 0.5, "weight_decay": 0.1},
+        {"trainable": "llm+text+projector+vision", "judge_anchor_weight": 0.5, "weight_decay": 0.1},
         "sft",
         (*LLM, *TEXT, *HEAD, *JUDGING, "model.generation_aligner."),
     ),
@@ -65,8 +66,8 @@ def tensors(checkpoint) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("settings", "objective", "prefixes"), TRAINABLE, ids=[str(row[0]) for row in TRAINABLE])
-def test_what_is_trainable_changes_and_nothing_else_does(settings, objective, prefixes, drawn, tmp_path):
-    trained(prepare(tmp_path, drawn, objective, 1, **settings), tmp_path, "--scores", drawn / "scores.parquet")
+def test_what_is_trainable_changes_and_nothing_else_does(settings, objective, prefixes, small_inputs, tmp_path):
+    trained(prepare(tmp_path, small_inputs, objective, 1, **settings), tmp_path, "--scores", small_inputs / "scores.parquet")
     before, after = tensors(TINY), tensors(tmp_path / "checkpoint")
     assert before.keys() == after.keys()
     if settings.get("precision") == "bfloat16":
@@ -74,15 +75,15 @@ def test_what_is_trainable_changes_and_nothing_else_does(settings, objective, pr
         before = {name: tensor.bfloat16() for name, tensor in before.items()}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     expected = {name for name in before if name.startswith(prefixes)}
-    if settings.get("precision") == "bfloat16":  # a norm's weight, near 1, moves by less than bfloat16 tells
+    if settings.get("precision") == "bfloat16":  # a norm's weight is near 1 and moves by less than bfloat16 resolves
         expected = {name for name in expected if "norm" not in name}
         changed = {name for name in changed if "norm" not in name}
     assert changed == expected
     Janus.load(tmp_path / "checkpoint")
 
 
-def test_lora_trains_few_numbers_and_leaves_a_plain_checkpoint(drawn, tmp_path):
-    text = trained(prepare(tmp_path, drawn, "dpo", 1, lora_rank=2), tmp_path)
+def test_lora_trains_few_numbers_and_leaves_a_plain_checkpoint(small_inputs, tmp_path):
+    text = trained(prepare(tmp_path, small_inputs, "dpo", 1, lora_rank=2), tmp_path)
     before, after = tensors(TINY), tensors(tmp_path / "checkpoint")
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -93,11 +94,11 @@ def test_lora_trains_few_numbers_and_leaves_a_plain_checkpoint(drawn, tmp_path):
         assert torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3) <= 2
 
 
-# An independent reference: plain transformers, full logits, the formulas as the papers write them.
+# An independent reference: plain transformers with full logits, and the formulas of the papers.
 
 
 def log_probability(model, prompt: str, codes: list[int], family) -> torch.Tensor:
-    """log p(codes | prompt), from the logits of every position."""
+    """Return log p(codes | prompt), computed from the logits of all positions."""
     ids = torch.tensor([family._prompt_ids(prompt)])
     image = model.prepare_embeddings_for_image_generation(torch.tensor([codes]))
     inputs = torch.cat([model.get_input_embeddings()(ids), image], 1)
@@ -108,7 +109,7 @@ def log_probability(model, prompt: str, codes: list[int], family) -> torch.Tenso
 
 @torch.no_grad()
 def expected_losses(model, base, family, rows, candidates, prompts, beta: float, nll_weight: float) -> tuple[float, float]:
-    """Of the rows of a step: SFT's loss, DPO's with the NLL of the chosen."""
+    """Return the loss of a step's rows: SFT's loss, or DPO's with the negative log-likelihood of the chosen images."""
     sft, dpo = [], []
     for row in rows:
         sides = [(prompts[row["prompt_id"]], candidates[row[side]]["tokens"]) for side in ("chosen", "rejected") if row[side]]
@@ -122,17 +123,17 @@ def expected_losses(model, base, family, rows, candidates, prompts, beta: float,
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
-def test_losses_equal_an_independent_reference(objective, drawn, tmp_path, tiny):
+def test_losses_equal_an_independent_reference(objective, small_inputs, tmp_path, tiny):
     beta, weight = 0.3, 0.7
     settings = {"save_every_steps": 1, "beta": beta, "nll_weight": weight, "micro_batch_size": 4}
-    trained(prepare(tmp_path, drawn, objective, 1, **settings), tmp_path)
-    candidates = {row["candidate_id"]: row for row in manifests.read_rows(drawn / "candidates.parquet", "candidates")}
-    prompts = {row["prompt_id"]: row["prompt"] for row in manifests.read_rows(drawn / "prompts.parquet", "prompts")}
+    trained(prepare(tmp_path, small_inputs, objective, 1, **settings), tmp_path)
+    candidates = {row["candidate_id"]: row for row in manifests.read_rows(small_inputs / "candidates.parquet", "candidates")}
+    prompts = {row["prompt_id"]: row["prompt"] for row in manifests.read_rows(small_inputs / "prompts.parquet", "prompts")}
     schedule = manifests.read_rows(tmp_path / "schedule.parquet", "schedule")
     steps = schedule[-1]["step"] + 1
     assert steps >= 2
     model = copy.deepcopy(tiny.model)
-    save = next(tmp_path.glob(f"work/*/checkpoint-{steps - 1}"))  # the weights with which the last step began
+    save = next(tmp_path.glob(f"work/*/checkpoint-{steps - 1}"))  # the weights before the last step
     model.load_state_dict({name.removeprefix("janus."): value for name, value in tensors(save).items()})
     for step, weights in ((0, tiny.model), (steps - 1, model)):
         rows = [row for row in schedule if row["step"] == step]
@@ -143,23 +144,24 @@ def test_losses_equal_an_independent_reference(objective, drawn, tmp_path, tiny)
         assert losses(tmp_path)["loss"][0] - weight * losses(tmp_path)["nll"][0] == pytest.approx(math.log(2), abs=1e-5)
 
 
-def test_trls_fused_log_probabilities_are_our_own(drawn, tiny):
+def test_trls_fused_log_probabilities_are_our_own(small_inputs, tiny):
     from trl.trainer.utils import add_fused_lm_head
 
-    rows = manifests.read_rows(drawn / "candidates.parquet", "candidates")[:12]
-    prompts = {row["prompt_id"]: row["prompt"] for row in manifests.read_rows(drawn / "prompts.parquet", "prompts")}
-    texts, tokens = [prompts[row["prompt_id"]] for row in rows], np.array([row["tokens"] for row in rows])
+    rows = manifests.read_rows(small_inputs / "candidates.parquet", "candidates")[:12]
+    prompts = {row["prompt_id"]: row["prompt"] for row in manifests.read_rows(small_inputs / "prompts.parquet", "prompts")}
+    texts = [prompts[row["prompt_id"]] for row in rows]
+    pictures = Pictures(tokens=np.array([row["tokens"] for row in rows]))
     model = tiny.training_view().model
     add_fused_lm_head(model)
-    for (prompt, image), own in zip(tiny.training_rows(texts, tokens), tiny.image_log_likelihood(texts, tokens), strict=True):
+    for (prompt, image), own in zip(tiny.token_ids(texts, pictures), tiny.log_likelihood(texts, pictures), strict=True):
         ids, labels = torch.tensor([prompt + image]), torch.tensor([[-100] * len(prompt) + image])
         with torch.no_grad():
             fused = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
         assert fused.double().sum().item() == pytest.approx(own, abs=1e-5)
 
 
-def test_references_of_another_model_fail_the_first_step(drawn, tmp_path):
-    arguments = prepare(tmp_path, drawn, "dpo", 1)
+def test_references_of_another_model_fail_the_first_step(small_inputs, tmp_path):
+    arguments = prepare(tmp_path, small_inputs, "dpo", 1)
     rows = manifests.read_rows(tmp_path / "schedule.parquet", "schedule")
     rows = [row | {"reference_chosen": row["reference_chosen"] + 0.5} for row in rows]
     manifests.write(tmp_path / "schedule.parquet", "schedule", rows, stage="stages.schedule")
@@ -168,29 +170,29 @@ def test_references_of_another_model_fail_the_first_step(drawn, tmp_path):
 
 
 @pytest.mark.parametrize(("loss", "first"), [("hinge", 1.0), ("ipo", 6.25)])
-def test_other_preference_losses_begin_at_their_own_value(loss, first, drawn, tmp_path):
-    trained(prepare(tmp_path, drawn, "dpo", 1, dpo_loss=loss, beta=0.2, nll_weight=0.0), tmp_path)
+def test_other_preference_losses_begin_at_their_own_value(loss, first, small_inputs, tmp_path):
+    trained(prepare(tmp_path, small_inputs, "dpo", 1, dpo_loss=loss, beta=0.2, nll_weight=0.0), tmp_path)
     assert losses(tmp_path)["loss"][0] == pytest.approx(first, abs=1e-3)
 
 
-def test_metrics_of_every_step(drawn, tmp_path):
-    trained(prepare(tmp_path, drawn, "dpo", 1), tmp_path)
+def test_metrics_of_every_step(small_inputs, tmp_path):
+    trained(prepare(tmp_path, small_inputs, "dpo", 1), tmp_path)
     names = {"logps/chosen", "logps/rejected", "rewards/margins", "rewards/accuracies", "nll", "grad_norm", "learning_rate"}
     found = losses(tmp_path)
     assert names <= found.keys()
     assert len({len(values) for values in found.values()}) == 1
     assert not any("second" in name or "time" in name for name in found)
-    assert "tokens/s" in (tmp_path / "log").read_text()
+    assert "rows/s" in (tmp_path / "log").read_text()
     assert Image.open(tmp_path / "training.png").width > 400
 
 
-def test_the_card_says_what_is_needed_to_train_it_again(drawn, tmp_path):
-    trained(prepare(tmp_path, drawn, "sft", 1), tmp_path)
+def test_the_card_says_what_is_needed_to_train_it_again(small_inputs, tmp_path):
+    trained(prepare(tmp_path, small_inputs, "sft", 1), tmp_path)
     text = (tmp_path / "checkpoint/README.md").read_text()
     facts = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
     assert validate(facts["config"]) == load(tmp_path / "config.yaml")
     assert facts["schedule"] == manifests.content_hash(tmp_path / "schedule.parquet")
-    assert facts["base model"] == checkpoint_hash(TINY)
+    assert facts["base model"] == checkpoint_hash("janus", TINY, "train")
     assert facts["versions"]["torch"] == torch.__version__
     assert {name.split("@")[0] for name in facts["code"]} >= {"stages/train.py", "stages/training/trainer.py"}
 
@@ -198,20 +200,20 @@ def test_the_card_says_what_is_needed_to_train_it_again(drawn, tmp_path):
 # The judge anchor
 
 
-def judged(drawn):
-    rows = manifests.read_rows(drawn / "candidates.parquet", "candidates")
-    scores = {row["candidate_id"]: row["p_yes"] for row in manifests.read_rows(drawn / "scores.parquet", "scores")}
-    prompts = {row["prompt_id"]: row["prompt"] for row in manifests.read_rows(drawn / "prompts.parquet", "prompts")}
+def judged(small_inputs):
+    rows = manifests.read_rows(small_inputs / "candidates.parquet", "candidates")
+    scores = {row["candidate_id"]: row["p_yes"] for row in manifests.read_rows(small_inputs / "scores.parquet", "scores")}
+    prompts = {row["prompt_id"]: row["prompt"] for row in manifests.read_rows(small_inputs / "prompts.parquet", "prompts")}
     questions = [SMALL["score"]["question"].replace("{prompt}", prompts[row["prompt_id"]]) for row in rows]
     return (
-        shards.read_images(drawn / "candidates.parquet", rows),
+        shards.read_images(small_inputs / "candidates.parquet", rows),
         questions,
         np.array([scores[row["candidate_id"]] for row in rows]),
     )
 
 
-def test_the_judge_loss_is_the_cross_entropy_of_p_yes(drawn, tiny):
-    images, questions, _ = judged(drawn)
+def test_the_judge_loss_is_the_cross_entropy_of_p_yes(small_inputs, tiny):
+    images, questions, _ = judged(small_inputs)
     target = np.linspace(0, 1, len(questions))
     found, _ = tiny.p_yes(images, questions)
     expected = -(target * np.log(found) + (1 - target) * np.log(1 - found)).mean()
@@ -219,14 +221,14 @@ def test_the_judge_loss_is_the_cross_entropy_of_p_yes(drawn, tiny):
     assert loss.item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_an_anchored_judge_forgets_less(drawn, tmp_path):
-    images, questions, before = judged(drawn)
+def test_an_anchored_judge_forgets_less(small_inputs, tmp_path):
+    images, questions, before = judged(small_inputs)
     drift = {}
     for weight in (0.0, 1.0):
         folder = tmp_path / str(weight)
         hard = {"learning_rate": 3e-3, "warmup_steps": 10, "save_every_steps": 1000}  # enough to ruin a judge
-        arguments = prepare(folder, drawn, "sft", 30, judge_anchor_weight=weight, **hard)
-        trained(arguments, folder, "--scores", drawn / "scores.parquet")
+        arguments = prepare(folder, small_inputs, "sft", 30, judge_anchor_weight=weight, **hard)
+        trained(arguments, folder, "--scores", small_inputs / "scores.parquet")
         after, _ = Janus.load(folder / "checkpoint").p_yes(images, questions)
         drift[weight] = np.abs(after - before).mean()
     assert drift[1.0] < 0.7 * drift[0.0], drift
@@ -234,8 +236,8 @@ def test_an_anchored_judge_forgets_less(drawn, tmp_path):
     assert "judge_anchor" not in losses(tmp_path / "0.0")
 
 
-def test_an_anchor_without_scores_is_refused(drawn, tmp_path):
-    refused(train(prepare(tmp_path, drawn, "sft", 1, judge_anchor_weight=0.5), tmp_path), "judge_anchor", "--scores")
+def test_an_anchor_without_scores_is_refused(small_inputs, tmp_path):
+    refused(train(prepare(tmp_path, small_inputs, "sft", 1, judge_anchor_weight=0.5), tmp_path), "judge_anchor", "--scores")
 
 
 def test_accumulation_follows_from_batch_micro_batch_and_processes():
@@ -245,8 +247,8 @@ def test_accumulation_follows_from_batch_micro_batch_and_processes():
             Train(batch_size=32, micro_batch_size=32, **settings).accumulation()
 
 
-def test_a_foreign_reference_is_refused(drawn, tmp_path):
-    arguments = prepare(tmp_path, drawn, "dpo", 1)
+def test_a_foreign_reference_is_refused(small_inputs, tmp_path):
+    arguments = prepare(tmp_path, small_inputs, "dpo", 1)
     rows = manifests.read_rows(tmp_path / "schedule.parquet", "schedule")
     rows = [row | {"reference_checkpoint": "0" * 16} for row in rows]
     manifests.write(tmp_path / "schedule.parquet", "schedule", rows, stage="stages.schedule")
@@ -254,8 +256,8 @@ def test_a_foreign_reference_is_refused(drawn, tmp_path):
     assert not (tmp_path / "checkpoint").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_leaves_no_checkpoint(drawn, tmp_path):
-    arguments = prepare(tmp_path, drawn, "sft", 2, learning_rate=1e30, max_grad_norm=1e30, warmup_steps=0)
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_leaves_no_checkpoint(small_inputs, tmp_path):
+    arguments = prepare(tmp_path, small_inputs, "sft", 2, learning_rate=1e30, max_grad_norm=1e30, warmup_steps=0)
     refused(train(arguments, tmp_path), "not finite", "lower train.learning_rate")
     assert not (tmp_path / "checkpoint").exists()
     assert not (tmp_path / "training.parquet").exists()

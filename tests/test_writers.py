@@ -1,4 +1,4 @@
-"""What a cluster does to a stage's process: a signal at the time limit, and a second writer beside the first."""
+"""What a cluster may do to a stage's process: send a signal at the time limit, or start a second writer beside the first."""
 
 import signal
 import subprocess
@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from stages.common.files import claim, whole_file
 from stages.common.manifests import read_rows
-from stages.common.runtime import claim, whole_file
-from tests.conftest import ROOT, done, environment, write_config
+from tests.helpers import ROOT, done, environment, write_config
 
 
-def drawing(drawn: Path, folder: Path) -> list[str]:
-    """A command that draws what `drawn` holds, in batches of two."""
+def drawing(small_inputs: Path, folder: Path) -> list[str]:
+    """Return a command that draws the candidates of `small_inputs` in batches of two."""
     config = write_config(folder, generate={"batch_size": 2})
-    options = {"config": config, "prompts": drawn / "prompts.parquet"}
+    options = {"config": config, "prompts": small_inputs / "prompts.parquet"}
     options |= {"out": folder / "candidates.parquet", "images": folder / "candidates.tar"}
     return ["generate", *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
 
@@ -26,7 +26,7 @@ def tokens(folder: Path) -> list:
 
 
 def begun(command: list[str], folder: Path) -> subprocess.Popen:
-    """The command's process as soon as it has kept a batch."""
+    """Start the command and return its process as soon as it has kept a batch."""
     stage, *arguments = command
     line = [sys.executable, "-m", f"stages.{stage}", *arguments]
     process = subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
@@ -36,8 +36,8 @@ def begun(command: list[str], folder: Path) -> subprocess.Popen:
     return process
 
 
-def test_a_stage_ended_by_sigterm_says_so_and_goes_on_where_it_was(drawn, tmp_path):
-    command = drawing(drawn, tmp_path)
+def test_a_stage_ended_by_sigterm_says_so_and_goes_on_where_it_was(small_inputs, tmp_path):
+    command = drawing(small_inputs, tmp_path)
     process = begun(command, tmp_path)
     process.send_signal(signal.SIGTERM)
     _, message = process.communicate(timeout=60)
@@ -49,11 +49,11 @@ def test_a_stage_ended_by_sigterm_says_so_and_goes_on_where_it_was(drawn, tmp_pa
     assert kept
     result = done(*command)
     assert f"of {18 * 6 // 2 - len(kept)} batches" in result.stderr
-    assert tokens(tmp_path) == tokens(drawn)
+    assert tokens(tmp_path) == tokens(small_inputs)
 
 
-def test_the_later_of_two_writers_takes_over_and_the_earlier_one_overwrites_nothing(drawn, tmp_path):
-    command = drawing(drawn, tmp_path)
+def test_the_later_of_two_writers_takes_over_and_the_earlier_one_overwrites_nothing(small_inputs, tmp_path):
+    command = drawing(small_inputs, tmp_path)
     first = begun(command, tmp_path)
     first.send_signal(signal.SIGSTOP)
     (writer,) = tmp_path.glob(".*.partial/writer")
@@ -70,7 +70,7 @@ def test_the_later_of_two_writers_takes_over_and_the_earlier_one_overwrites_noth
     second.send_signal(signal.SIGCONT)
     _, message = second.communicate(timeout=120)
     assert second.returncode == 0, message
-    assert tokens(tmp_path) == tokens(drawn)
+    assert tokens(tmp_path) == tokens(small_inputs)
     assert not list(tmp_path.glob(".*"))
 
 

@@ -1,136 +1,178 @@
-"""The configuration, field by field; an unknown key or a wrong type is an error that names it.
+"""The configuration, field by field. An unknown key or a wrong type is an error that names it.
 
-config.yaml is the embedded default. `python -m stages.common.config --schema` prints the JSON schema that
-workflow/schemas/config.schema.json holds.
+config.yaml is the embedded default. `python -m stages.tools.schema` writes the JSON schema and docs/configuration.md.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from stages.common.runtime import UserError
+from stages.common.errors import UserError
+from stages.common.settings import Model, Positive, Score, Section, Share
+from stages.families import describe
+from stages.judges import JUDGES, judge_kind
+from stages.judges.base import JudgeSettings
+from stages.suites import SUITES, open_suite
 
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Model(Section):
-    """The model that draws and judges."""
-
-    family: Literal["janus"] = "janus"
-    checkpoint: str = "models/tiny-janus"
-    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:0; auto takes a GPU where there is one")
-    workers: Positive | None = Field(default=None, description="processes that share a shard; empty: one for each GPU seen")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto: bfloat16 on a GPU, else float32")
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+Name = Annotated[str, Field(pattern=NAME)]
+if TYPE_CHECKING:
+    from stages.judges.base import JudgeSettings as Judging
+    from stages.suites.base import PromptSource as Prompts
+else:  # one alternative for each registered suite and kind of judge, told apart by `source` and `kind`
+    Prompts = Annotated[Union[tuple(open_suite(name).settings for name in SUITES)], Field(discriminator="source")]  # noqa: UP007
+    Judging = Annotated[Union[tuple(judge_kind(name).settings for name in JUDGES)], Field(discriminator="kind")]  # noqa: UP007
 
 
-class PromptSet(Section):
-    """Where a list of prompts comes from."""
+class Benchmark(Section):
+    """A set of prompts on which every checkpoint is evaluated, and who judges the images."""
 
-    source: Literal["shapes", "text", "geneval"] = "shapes"
-    files: list[str] = Field(default=[], description="text: one prompt a line, the file's name is its category; geneval: JSONL")
-    exclude: list[str] = Field(default=[], description="text files whose prompts are dropped (validation prompts from train)")
-    split: Literal["post-training", "held-out"] = Field(default="post-training", description="shapes: which split")
-    categories: list[str] = Field(default=[], description="shapes: these categories alone; empty: all")
-    count: Positive | None = Field(default=None, description="how many, evenly over the categories; empty: all")
-
-    @model_validator(mode="after")
-    def _files(self) -> PromptSet:
-        if (self.source != "shapes") != bool(self.files):
-            raise ValueError("source text and geneval need files, source shapes takes none")
-        return self
-
-
-class Prompts(Section):
-    train: PromptSet = PromptSet()
-    evaluation: PromptSet = PromptSet(split="held-out")
+    prompts: Prompts = Field(description="Where the benchmark's prompts come from.")
+    images_per_prompt: Positive = Field(default=4, description="Images that each checkpoint draws for each prompt.")
+    judge: str | None = Field(
+        default=None,
+        description="The external judge: a name in the section judges, or a kind of judge that needs no settings. Und. (win "
+        "rate), weak generation and false-positive correction are measured against it. Empty: only Non. is measured.",
+    )
+    scorers: dict[str, str] = Field(
+        default={},
+        description="For single categories, the judge that measures generation (Gen.) there. Categories that are not listed "
+        "use the suite's own scorer, or the judge.",
+    )
 
 
 class Generate(Section):
-    candidates: Positive = Field(default=10, description="N, candidates a prompt")
-    guidance_scale: Annotated[float, Field(ge=0)] = 5.0
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    batch_size: Positive = 64
-    shards: Positive = Field(default=2, description="pieces a prompt set is cut into; each is a job")
+    """How candidates are drawn."""
 
-
-class Score(Section):
-    mode: Literal["p_yes", "answer"] = Field(default="p_yes", description="answer: generate and parse `The score is 0/1.`")
-    question: str | None = Field(default=None, description="with {prompt}; empty: the family's own, the paper's question")
-    answer_prefix: str = Field(default="", description="p_yes: how the answer to `question` begins; the verdict comes next")
-    max_new_tokens: Positive = 128
-    batch_size: Positive = 64
-
-    def asked(self, family: Any) -> tuple[str, str]:
-        """What the judge is asked and how its answer begins: as configured, or the family's own question and prefix."""
-        return (self.question, self.answer_prefix) if self.question else (family.question, family.answer_prefix)
-
-    @field_validator("question")
-    @classmethod
-    def _question(cls, question: str | None) -> str | None:
-        if question is not None and "{prompt}" not in question:
-            raise ValueError("the question must contain {prompt}")
-        return question
+    candidates: Positive = Field(default=10, description="N, the candidates that are drawn for each training prompt.")
+    sampling: dict[str, Any] = Field(
+        default={},
+        description="The family's own sampling settings. Janus has guidance_scale (5.0) and temperature (1.0). A key that the "
+        "family does not know is an error.",
+    )
+    batch_size: Positive = Field(
+        default=64, description="Images that are drawn together. A batch that does not fit into memory is split."
+    )
+    shards: Positive = Field(
+        default=2, description="Pieces into which each set of prompts is cut. Each piece is a job of its own."
+    )
 
 
 class Pairs(Section):
-    """Which candidates become training data. The paper leaves thresholds, ties and numbers open: these are ours."""
+    """Which candidates become training data. The paper leaves thresholds, ties and numbers open; these rules are ours."""
 
-    filter: Literal["judge", "everything", "oracle"] = Field(default="judge", description="everything and oracle are controls")
-    accept_threshold: Share = Field(default=0.7, description="accepted: p_yes at least this")
-    reject_threshold: Share = Field(default=0.5, description="rejected (DPO): p_yes below this")
-    minimum_margin: Share = Field(default=0.2, description="DPO: chosen's p_yes minus rejected's, at least")
-    chosen_per_prompt: Positive | None = Field(default=4, description="SFT rows a prompt at most; empty: every accepted one")
-    rule: Literal["highest", "random"] = Field(default="highest", description="which of the accepted")
+    filter: Literal["judge", "everything", "oracle"] = Field(
+        default="judge",
+        description="Whose verdict selects. judge is the model's own understanding branch. everything ignores all verdicts and "
+        "oracle uses those of pairs.oracle; both are controls.",
+    )
+    oracle: str | None = Field(
+        default=None, description="With filter oracle: the judge whose verdicts select, as in benchmarks.<name>.judge."
+    )
+    accept_threshold: Share = Field(default=0.7, description="A candidate is accepted when its p_yes is at least this.")
+    reject_threshold: Share = Field(
+        default=0.5, description="For DPO: a candidate may be the rejected one when its p_yes is below this."
+    )
+    minimum_margin: Share = Field(
+        default=0.2, description="For DPO: the least difference between the p_yes of the chosen and the rejected candidate."
+    )
+    chosen_per_prompt: Positive | None = Field(
+        default=4, description="For SFT: the most candidates that are taken for one prompt. Empty takes every accepted one."
+    )
+    rule: Literal["highest", "random"] = Field(
+        default="highest",
+        description="Which of the accepted candidates are taken: those with the highest p_yes, or random ones.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Pairs:
+        if self.reject_threshold > self.accept_threshold:
+            raise ValueError(
+                f"reject_threshold {self.reject_threshold} is above accept_threshold {self.accept_threshold}, so a candidate "
+                "could be accepted and rejected at once; lower reject_threshold"
+            )
+        if (self.filter == "oracle") != bool(self.oracle):
+            raise ValueError("filter oracle and the key oracle, which names a judge, belong together; set both or neither")
+        return self
 
 
 class Train(Section):
-    trainable: Literal["llm", "llm+projector", "llm+projector+vision"] = "llm"
-    train_text: bool = Field(default=False, description="the text embedding and text head too")
-    lora_rank: Annotated[int, Field(ge=0)] = Field(default=0, description="LoRA on what is trainable; 0: train it whole")
-    lora_alpha: Positive = Field(default=32, description="LoRA's update is scaled by lora_alpha / lora_rank")
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
-    warmup_steps: Annotated[int, Field(ge=0)] = 10
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    batch_size: Positive = Field(default=32, description="global batch, rows an optimizer step")
-    micro_batch_size: Positive = Field(default=32, description="rows a forward pass of one process")
-    beta: Annotated[float, Field(gt=0)] = Field(default=0.1, description="DPO")
-    dpo_loss: Literal["sigmoid", "hinge", "ipo"] = Field(default="sigmoid", description="DPO: sigmoid is the paper's")
-    nll_weight: Annotated[float, Field(ge=0)] = Field(default=1.0, description="DPO: weight of the chosen image's NLL")
+    """How the shared language model is trained."""
+
+    trainable: str = Field(
+        default="llm",
+        description="Parameter groups of the family, joined by plus signs. The paper trains llm alone; Janus also has text "
+        "(text embedding and text head), projector and vision.",
+    )
+    lora_rank: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="Rank of LoRA adapters on every linear layer of what is trainable. 0 trains the weights themselves.",
+    )
+    lora_alpha: Positive = Field(default=32, description="LoRA's update is scaled by lora_alpha / lora_rank.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        default=2e-4, description="AdamW's learning rate, constant after the warm-up."
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        default=10, description="Optimizer steps in which the learning rate rises from zero."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="AdamW's weight decay.")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(default=1.0, description="Gradients are clipped to this norm.")
+    batch_size: Positive = Field(default=32, description="Rows in one optimizer step, over all processes.")
+    micro_batch_size: Positive = Field(default=32, description="Rows in one forward pass of one process.")
+    beta: Annotated[float, Field(gt=0)] = Field(default=0.1, description="For DPO: the beta of the preference loss.")
+    dpo_loss: Literal["sigmoid", "hinge", "ipo"] = Field(
+        default="sigmoid", description="For DPO: the preference loss. sigmoid is the paper's."
+    )
+    nll_weight: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="For DPO: the weight of the chosen image's own loss beside the preference loss."
+    )
     judge_anchor_weight: Annotated[float, Field(ge=0)] = Field(
-        default=0.0, description="weight of the cross-entropy to the base model's own p_yes on its own candidates; 0: none"
+        default=0.0,
+        description="Weight of a cross-entropy that holds the judge to the base model's own p_yes on its own candidates. 0 "
+        "leaves it out, as in the paper.",
     )
-    fork_epochs: list[Positive] = Field(default=[10], description="every arm's training may be forked here")
-    save_every_steps: Positive = Field(default=200, description="a killed training goes on from the last save")
-    save_every_minutes: Annotated[float, Field(gt=0)] | None = Field(default=None, description="and at this interval")
-    gpus: Positive = Field(default=1, description="processes a node, one for each GPU (on a machine without: on the CPU)")
-    nodes: Positive = Field(default=1, description="in a SLURM allocation, or see docs/training.md")
+    fork_epochs: list[Positive] = Field(
+        default=[10],
+        description="Epochs at which every arm's training is saved, so that arms with replay can continue from there.",
+    )
+    save_every_steps: Positive = Field(
+        default=200, description="Optimizer steps between saves. A killed training continues from its last save."
+    )
+    save_every_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Minutes between additional saves. Empty makes none."
+    )
+    gpus: Positive = Field(
+        default=1, description="Processes on each node, one for each GPU. On a machine without GPUs they run on the CPU."
+    )
+    nodes: Positive = Field(default=1, description="Nodes of a SLURM allocation; for other clusters see docs/training.md.")
     zero_stage: Literal[0, 2, 3] = Field(
-        default=2, description="DeepSpeed, for several processes or offload: 2 shares out the optimizer, 3 the weights too"
+        default=2,
+        description="DeepSpeed's ZeRO stage, for several processes or offload. 2 divides the optimizer's state and the "
+        "gradients among them, 3 the weights as well.",
     )
-    offload: bool = Field(default=False, description="DeepSpeed: the optimizer, at zero_stage 3 the weights too, in CPU memory")
+    offload: bool = Field(
+        default=False, description="Keep the optimizer's state, and at zero_stage 3 the weights, in the memory of the CPU."
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="forward and backward; auto: model.dtype; the optimizer's weights are float32 in any case"
+        default="auto",
+        description="The type of forward and backward. auto follows model.dtype. The optimizer always works in float32.",
     )
-    gradient_checkpointing: bool = Field(default=False, description="less memory for a third more computing")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass: less memory for a third more computing."
+    )
 
     @property
     def deepspeed(self) -> bool:
         return self.gpus * self.nodes > 1 or self.offload
 
     def accumulation(self) -> int:
-        """Forward passes of each process in an optimizer step; ValueError where the batch does not divide."""
+        """Return the forward passes of each process in one optimizer step; ValueError when the batch does not divide."""
         processes = self.gpus * self.nodes
         if self.batch_size % (self.micro_batch_size * processes) == 0:
             return self.batch_size // (self.micro_batch_size * processes)
@@ -143,11 +185,11 @@ class Train(Section):
         )
 
     def outcome(self) -> dict[str, Any]:
-        """The settings on which the trained weights depend by more than rounding: not where training ends, is saved or
-        runs."""
+        """Return the settings on which the trained weights depend by more than rounding."""
         return self.model_dump(exclude=set(WITHOUT_OUTCOME))
 
 
+# Where a training ends, is saved and runs changes its weights by no more than rounding.
 WITHOUT_OUTCOME = (
     *("fork_epochs", "save_every_steps", "save_every_minutes"),
     *("micro_batch_size", "gpus", "nodes", "zero_stage", "offload", "gradient_checkpointing"),
@@ -155,98 +197,241 @@ WITHOUT_OUTCOME = (
 
 
 class Arm(Section):
-    """One way to train; what it does not set it shares with the arms that do not set it either."""
+    """One way to train. Everything that an arm does not set itself it shares with the other arms."""
 
-    objective: Literal["sft", "dpo"]
-    epochs: Positive = 20
-    replay_epochs: list[Positive] = Field(default=[], description="the discard pool is drawn and judged again at these")
-    candidates: Positive | None = Field(default=None, description="only the first of the N candidates; empty: all")
-    train: dict[str, Any] = Field(default={}, description="overrides of the section train")
-    pairs: dict[str, Any] = Field(default={}, description="overrides of the section pairs")
+    objective: Literal["sft", "dpo"] = Field(
+        description="sft trains on the accepted candidates; dpo on pairs of an accepted and a rejected candidate."
+    )
+    epochs: Positive = Field(default=20, description="Epochs of training.")
+    replay_epochs: list[Positive] = Field(
+        default=[],
+        description="Epochs after which the model of that moment draws and judges the prompts of the discard pool again.",
+    )
+    candidates: Positive | None = Field(
+        default=None, description="Use only the first so many of the N candidates. Empty uses all."
+    )
+    train: dict[str, Any] = Field(default={}, description="Keys of the section train that differ for this arm.")
+    pairs: dict[str, Any] = Field(default={}, description="Keys of the section pairs that differ for this arm.")
 
     @model_validator(mode="after")
     def _epochs(self) -> Arm:
         late = [epoch for epoch in self.replay_epochs if epoch >= self.epochs]
         if late or sorted(set(self.replay_epochs)) != self.replay_epochs:
             raise ValueError(f"replay_epochs must rise and lie below epochs ({self.epochs})")
-        Train.model_validate(self.train)
-        Pairs.model_validate(self.pairs)
         return self
 
 
 class Evaluate(Section):
-    images_per_prompt: Positive = 4
-    judge: Literal["shapes", "none"] = Field(
-        default="shapes", description="the external judge; it measures, it never trains; none: of all metrics non alone"
+    """How the metrics are summarised."""
+
+    bootstrap: Positive = Field(
+        default=2000, description="Resamples of prompts from which the 95 % confidence intervals are computed."
     )
-    verdict_threshold: Share = Field(default=0.5, description="und = 1: p_yes at least this")
-    bootstrap: Positive = Field(default=2000, description="resamples of prompts for the intervals")
 
 
 class Report(Section):
-    prompts: Positive = Field(default=8, description="prompts on the contact sheet, trained and held-out each")
-    candidates: Positive = Field(default=10, description="candidates of each on the contact sheet, at most")
+    """The contact sheet."""
+
+    prompts: Positive = Field(default=8, description="Training prompts and benchmark prompts that are shown, of each.")
+    candidates: Positive = Field(default=10, description="The most candidates that are shown for each training prompt.")
 
 
 class Config(Section):
-    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "tiny-janus"
-    seed: int = 0
-    model: Model = Model()
-    prompts: Prompts = Prompts()
-    generate: Generate = Generate()
-    score: Score = Score()
-    pairs: Pairs = Pairs()
-    train: Train = Train()
-    arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$")], Arm] = {}
-    evaluate: Evaluate = Evaluate()
-    report: Report = Report()
+    """The configuration of one run."""
+
+    run: Name = Field(default="tiny-janus", description="The run's name. Its results are in results/<run>/.")
+    seed: int = Field(default=0, description="The seed of everything random in the run.")
+    model: Model = Field(default=Model(), description="The model that draws, judges and is trained.")
+    prompts: Prompts = Field(default=open_suite("shapes").settings(source="shapes"), description="The training prompts.")
+    benchmarks: dict[Name, Benchmark] = Field(
+        default={}, description="The benchmarks, by name. Every checkpoint of every arm is evaluated on each."
+    )
+    judges: dict[Name, Judging] = Field(
+        default={}, description="External judges, by name. They only measure, except in controls (pairs.filter oracle)."
+    )
+    generate: Generate = Field(default=Generate(), description="How candidates are drawn.")
+    score: Score = Field(default=Score(), description="How the model judges its own images.")
+    pairs: Pairs = Field(default=Pairs(), description="Which candidates become training data.")
+    train: Train = Field(default=Train(), description="How the model is trained.")
+    arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$")], Arm] = Field(
+        default={}, description="The arms, by name: each is one way to train the model."
+    )
+    evaluate: Evaluate = Field(default=Evaluate(), description="How the metrics are summarised.")
+    report: Report = Field(default=Report(), description="The contact sheet.")
+
+    @field_validator("judges", "benchmarks")
+    @classmethod
+    def _reserved(cls, section: dict[str, Any]) -> dict[str, Any]:
+        if reserved := sorted({"train", "replay"} & section.keys()):
+            raise ValueError(f"the name {reserved[0]!r} is used by the workflow itself; choose another one")
+        return section
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        problems = [*self._sampling_problems(), *self._judge_problems(), *self._arm_problems()]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _sampling_problems(self) -> list[str]:
+        family = describe(self.model.family)
+        try:
+            family.sampling.model_validate(self.generate.sampling)
+        except ValidationError as failure:
+            known = ", ".join(family.sampling.model_fields)
+            return [
+                f"generate.sampling.{error['loc'][0]}: the family {family.name} has no such setting; its settings are {known}"
+                if error["type"] == "extra_forbidden"
+                else _line("generate.sampling", error, family.sampling.model_fields)
+                for error in failure.errors()
+            ]
+        return []
+
+    def _judge_problems(self) -> list[str]:
+        wanted = {f"benchmarks.{name}.judge": benchmark.judge for name, benchmark in self.benchmarks.items()}
+        for name, benchmark in self.benchmarks.items():
+            wanted |= {f"benchmarks.{name}.scorers.{category}": judge for category, judge in benchmark.scorers.items()}
+        for name in self.arms:
+            with_oracle = self.arms[name].pairs.get("oracle", self.pairs.oracle)
+            wanted[f"arms.{name}.pairs.oracle"] = with_oracle if isinstance(with_oracle, str) else None
+        problems = []
+        for key, judge in wanted.items():
+            if judge is not None:
+                try:
+                    self.judge(judge)
+                except ValueError as error:
+                    problems.append(f"{key}: {error}")
+        return problems
+
+    def _arm_problems(self) -> list[str]:
+        problems = []
+        groups = describe(self.model.family).groups
+        if "base" in self.arms:
+            problems.append("arms: `base` is the name of the untrained model; rename that arm")
+        for name, arm in self.arms.items():
+            stem, _, epoch = name.rpartition("-epoch")
+            if stem in self.arms and epoch.isdigit():
+                problems.append(f"arms.{name}: this is the name of {stem}'s checkpoint after {epoch} epochs; rename the arm")
+            if arm.candidates and arm.candidates > self.generate.candidates:
+                problems.append(f"arms.{name}.candidates is above generate.candidates ({self.generate.candidates})")
+        trains = {f"arms.{name}.train": self.train.model_dump() | arm.train for name, arm in self.arms.items()}
+        for key, fields in ({"train": self.train.model_dump()} | trains).items():
+            try:
+                settings = Train.model_validate(fields)
+                settings.accumulation()
+                if unknown := [group for group in settings.trainable.split("+") if group not in groups]:
+                    known = ", ".join(groups)
+                    raise ValueError(f"trainable: {self.model.family} has no parameter group {unknown[0]!r}, but {known}")
+            except ValidationError as failure:
+                problems += [_line(key, error, Train.model_fields) for error in failure.errors()]
+            except ValueError as error:
+                problems.append(f"{key}: {error}")
+        for name, arm in self.arms.items():
+            try:
+                Pairs.model_validate(self.pairs.model_dump() | arm.pairs)
+            except ValidationError as failure:
+                problems += [_line(f"arms.{name}.pairs", error, Pairs.model_fields) for error in failure.errors()]
+        return problems
+
+    def sampling(self) -> Any:
+        """Return the family's sampling settings, with its defaults filled in."""
+        return describe(self.model.family).sampling.model_validate(self.generate.sampling)
 
     def arm_train(self, arm: str) -> Train:
+        """Return the training settings of an arm."""
         return Train.model_validate(self.train.model_dump() | self.arms[arm].train)
 
     def arm_pairs(self, arm: str) -> Pairs:
+        """Return the selection settings of an arm."""
         return Pairs.model_validate(self.pairs.model_dump() | self.arms[arm].pairs)
 
-    @model_validator(mode="after")
-    def _arms(self) -> Config:
-        if "base" in self.arms:
-            raise ValueError("arms: `base` is the untrained model's name; rename that arm")
-        for name, arm in self.arms.items():
-            if arm.candidates and arm.candidates > self.generate.candidates:
-                raise ValueError(f"arms.{name}.candidates is above generate.candidates ({self.generate.candidates})")
-            if self.arm_pairs(name).filter == "oracle" and self.evaluate.judge == "none":
-                raise ValueError(f"arms.{name}.pairs.filter: oracle needs an external judge in evaluate.judge")
-        for key, train in [("train", self.train), *((f"arms.{name}.train", self.arm_train(name)) for name in self.arms)]:
-            try:
-                train.accumulation()
-            except ValueError as error:
-                raise ValueError(f"{key}: {error}") from None
-        return self
+    def judge(self, name: str) -> JudgeSettings:
+        """Return the settings of a judge: those in `judges`, or the defaults of the kind with this name."""
+        if name in self.judges:
+            return self.judges[name]
+        if name not in JUDGES:
+            raise ValueError(f"no judge {name!r}; define it in judges, or use a kind: {', '.join(JUDGES)}")
+        try:
+            return judge_kind(name).settings(kind=name)
+        except ValidationError:
+            raise ValueError(f"a judge of kind {name} needs settings; give them in judges.{name}") from None
+
+    def scorers(self, benchmark: str) -> dict[str, str]:
+        """Return the categories of a benchmark that have a scorer of their own, with the name of that judge."""
+        chosen = self.benchmarks[benchmark]
+        return dict(open_suite(chosen.prompts.source).scorers) | chosen.scorers
+
+    def benchmark_judges(self, benchmark: str) -> list[str]:
+        """Return the names of all judges that look at a benchmark's images, the external judge first."""
+        judge = self.benchmarks[benchmark].judge
+        return list(dict.fromkeys([*([judge] if judge else []), *self.scorers(benchmark).values()]))
 
 
-def _known_keys(error: Any) -> list[str]:
+# Where the keys of earlier versions are now.
+MOVED = {
+    "prompts.train": "the training prompts are the section prompts itself",
+    "prompts.evaluation": "evaluation prompts are benchmarks.<name>.prompts",
+    "generate.guidance_scale": "it is generate.sampling.guidance_scale",
+    "generate.temperature": "it is generate.sampling.temperature",
+    "evaluate.judge": "it is benchmarks.<name>.judge",
+    "evaluate.images_per_prompt": "it is benchmarks.<name>.images_per_prompt",
+    "evaluate.verdict_threshold": "it is score.verdict_threshold",
+    "train.train_text": "add the group text to train.trainable, as in llm+text",
+}
+
+
+def _known_keys(location: Sequence[int | str]) -> list[str]:
+    """Return the keys of the section at this location."""
     section: Any = Config
-    for part in error["loc"][:-1]:
-        field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
-        section = field.annotation if field else {"arms": Arm}.get(str(error["loc"][0]), section)
+    for part in location:
+        fields = getattr(section, "model_fields", {})
+        if part in fields:
+            section = fields[part].annotation
+        elif str(section).startswith("dict["):
+            section = section.__args__[1]
+        elif part in SUITES:
+            section = open_suite(str(part)).settings
+        elif part in JUDGES:
+            section = judge_kind(str(part)).settings
     return list(getattr(section, "model_fields", {}))
 
 
+def _line(section: str, error: Any, known: Iterable[str]) -> str:
+    """Return one line for one of pydantic's errors below `section`. known: the keys that exist where the error is."""
+    location = error["loc"]
+    key = ".".join(part for part in (section, *map(str, location)) if part)
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(location[-1]), list(known), n=1)
+        return f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "; remove it")
+    if not location:
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message} (got {error['input']!r:.80})"
+
+
 def validate(fields: dict[str, Any], name: str = "config.yaml") -> Config:
-    """A Config, or a UserError with one line for each mistake: file, key, what is wrong, the nearest known key."""
+    """Return a Config, or raise a UserError with one line for each mistake: file, key, problem and the nearest known key."""
+    moved = [key for key in MOVED if _has(fields, key.split("."))]
+    if moved:
+        raise UserError("\n".join(f"{name}: {key}: this key has moved: {MOVED[key]}" for key in moved))
     try:
         return Config.model_validate(fields)
     except ValidationError as failure:
-        lines = []
+        lines: list[str] = []
+        tags = {*SUITES, *JUDGES}  # pydantic puts the alternative that it has chosen into the location
         for error in failure.errors():
-            key = ".".join(str(part) for part in error["loc"]) or "(top level)"
-            if error["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(str(error["loc"][-1]), _known_keys(error), n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else "; remove it"
-                lines.append(f"{name}: {key}: unknown key{hint}")
-            else:
-                lines.append(f"{name}: {key}: {error['msg']} (got {error['input']!r:.80})")
-        raise UserError("\n".join(lines)) from None
+            *path, last = error["loc"] or ("",)
+            location = (*(part for part in path if part not in tags), *([last] if last else []))
+            lines += _line("", {**error, "loc": location}, _known_keys(path)).split("\n")
+        raise UserError("\n".join(f"{name}: {line}" for line in lines)) from None
+
+
+def _has(fields: Any, keys: list[str]) -> bool:
+    for key in keys:
+        if not isinstance(fields, dict) or key not in fields:
+            return False
+        fields = fields[key]
+    return True
 
 
 def load(path: Path) -> Config:
@@ -260,11 +445,3 @@ def load(path: Path) -> Config:
     if not isinstance(fields, dict):
         raise UserError(f"{path}: must be a mapping of sections, see config.yaml in the repository")
     return validate(fields, str(path))
-
-
-def main() -> None:
-    print(json.dumps(Config.model_json_schema(), indent=2))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,8 @@
-"""Every Parquet file that passes between stages, column by column; reading and writing validate.
+"""Every Parquet file that passes between stages, column by column. Reading and writing validate.
 
-Files are zstd-compressed and open with pandas, DuckDB or anything else; tables join on `prompt_id` and `candidate_id`.
-The key-value metadata under `selfgap` is JSON: kind, stage, code hashes, settings, parents (kind and content hash).
-Nothing in it differs between two equal runs, so equal runs give equal files.
+The files are compressed with zstd and open with pandas, DuckDB or anything else. Tables join on `prompt_id` and
+`candidate_id`. The key-value metadata under `selfgap` is JSON with the kind, the stage, hashes of its code, its settings and
+the content hashes of its parents. Nothing in it differs between two equal runs, so equal runs give equal files.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,107 +18,166 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from stages.common.errors import UserError
+from stages.common.files import whole_file
 from stages.common.fingerprints import code
-from stages.common.runtime import UserError, whole_file
 
-pa.set_memory_pool(pa.system_memory_pool())  # one allocator a process: what Arrow frees, torch can use
+pa.set_memory_pool(pa.system_memory_pool())  # one allocator for the process, so that torch can use what Arrow frees
 
 TEXT, INTEGER, REAL, TRUTH = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 
-# kind -> column -> (type, whether it may be null)
-SCHEMAS: dict[str, dict[str, tuple[pa.DataType, bool]]] = {
+
+@dataclass(frozen=True)
+class Column:
+    """A column's type, whether it may be empty (null), and what it holds."""
+
+    type: pa.DataType
+    empty: bool
+    description: str
+
+
+def required(type_: pa.DataType, description: str) -> Column:
+    return Column(type_, False, description)
+
+
+def optional(type_: pa.DataType, description: str) -> Column:
+    return Column(type_, True, description)
+
+
+# kind of manifest -> column name -> column
+SCHEMAS: dict[str, dict[str, Column]] = {
     "prompts": {
-        "prompt_id": (TEXT, False),  # 16 hex digits of the hash of the normalised prompt
-        "prompt": (TEXT, False),
-        "category": (TEXT, False),
-        "source": (TEXT, False),  # shapes, text or geneval
-        "split": (TEXT, False),
-        "difficulty": (TEXT, True),  # easy, medium or hard, where the benchmark says
-        "metadata": (TEXT, True),  # JSON: what the benchmark's judge needs
+        "prompt_id": required(TEXT, description="16 hexadecimal digits of the hash of the normalised prompt."),
+        "prompt": required(TEXT, description="The prompt."),
+        "category": required(TEXT, description="The category (subtask) of its suite."),
+        "source": required(TEXT, description="The suite that it comes from."),
+        "split": required(TEXT, description="The part of the suite that it comes from, or the suite's name."),
+        "difficulty": optional(TEXT, description="easy, medium or hard, where the benchmark defines it."),
+        "metadata": optional(TEXT, description="JSON that the suite's judges need."),
+    },
+    "prompt_sets": {
+        "set": required(TEXT, description="The set of prompts: train, or a benchmark's name."),
+        "category": required(TEXT, description="The category of its suite."),
+        "prompts": required(INTEGER, description="How many prompts the set has in this category."),
     },
     "candidates": {
-        "candidate_id": (TEXT, False),  # hash of checkpoint, prompt_id, round, index, seed and sampling
-        "prompt_id": (TEXT, False),
-        "round": (INTEGER, False),  # 0, or the epoch at which the discard pool was drawn again
-        "index": (INTEGER, False),  # 0 to N - 1 within its prompt and round
-        "seed": (INTEGER, False),
-        "tokens": (pa.list_(pa.uint16()), True),  # image token ids, where the family has them
-        "log_probability": (REAL, True),  # natural log, given the prompt, no guidance, temperature 1
-        "shard": (TEXT, False),  # name of the tar beside this file
-        "offset": (INTEGER, False),  # of the PNG's bytes in the tar
-        "nbytes": (INTEGER, False),
-        "width": (INTEGER, False),
-        "height": (INTEGER, False),
-        "checkpoint": (TEXT, False),  # hash of the weights that drew it
-        "guidance_scale": (REAL, False),
-        "temperature": (REAL, False),
+        "candidate_id": required(
+            TEXT, description="Hash of checkpoint, prompt_id, round, index, run seed and sampling settings."
+        ),
+        "prompt_id": required(TEXT, description="The prompt that it was drawn for."),
+        "round": required(INTEGER, description="0, or the epoch after which the discard pool was drawn again."),
+        "index": required(INTEGER, description="0 to N - 1 within its prompt and round."),
+        "seed": required(INTEGER, description="The candidate's own seed."),
+        "tokens": optional(
+            pa.list_(pa.uint32()), description="The family's image codes, flattened in C order, where it has them."
+        ),
+        "latents": optional(
+            pa.list_(pa.float32()), description="The family's continuous representation, flattened, where it has one."
+        ),
+        "shape": optional(pa.list_(pa.int32()), description="The shape of tokens or latents before flattening."),
+        "log_probability": optional(
+            REAL, description="Natural log of p(candidate | prompt), no guidance, temperature 1, where known."
+        ),
+        "shard": required(TEXT, description="Name of the tar file beside this manifest that holds the image."),
+        "offset": required(INTEGER, description="Where the PNG's bytes begin in the tar file."),
+        "nbytes": required(INTEGER, description="How many bytes the PNG has."),
+        "width": required(INTEGER, description="The image's width in pixels."),
+        "height": required(INTEGER, description="The image's height in pixels."),
+        "checkpoint": required(TEXT, description="Hash of the weights that drew it."),
+        "sampling": required(TEXT, description="JSON of the family's sampling settings."),
     },
     "scores": {
-        "candidate_id": (TEXT, False),
-        "prompt_id": (TEXT, False),
-        "p_yes": (REAL, True),  # P(yes) / (P(yes) + P(no)); null where an answer could not be read
-        "p_neither": (REAL, True),  # probability mass on neither answer
-        "verdict": (TRUTH, True),  # whether the judge says that the image matches; null: the answer could not be read
-        "answer": (TEXT, True),  # the generated answer, in mode `answer`
-        "judge": (TEXT, False),  # the checkpoint's hash, or the external judge's name
+        "candidate_id": required(TEXT, description="The image."),
+        "prompt_id": required(TEXT, description="Its prompt."),
+        "p_yes": optional(REAL, description="P(yes) / (P(yes) + P(no)); empty where an answer could not be read."),
+        "p_neither": optional(REAL, description="Probability mass on neither answer, in mode p_yes."),
+        "verdict": optional(
+            TRUTH, description="Whether the model says that the image matches; empty where it could not be read."
+        ),
+        "answer": optional(TEXT, description="The generated answer, in mode answer."),
+        "judge": required(TEXT, description="Hash of the checkpoint that judged."),
+    },
+    "verdicts": {
+        "candidate_id": required(TEXT, description="The image."),
+        "prompt_id": required(TEXT, description="Its prompt."),
+        "verdict": optional(
+            TRUTH, description="Whether the external judge says that the image matches; empty where it could not be read."
+        ),
+        "score": optional(REAL, description="The judge's graded score in [0, 1], where it has one."),
+        "answer": optional(TEXT, description="The judge's own words, where it has any."),
+        "judge": required(TEXT, description="The external judge's name."),
     },
     "pairs": {
-        "prompt_id": (TEXT, False),
-        "round": (INTEGER, False),
-        "chosen": (TEXT, False),  # candidate_id
-        "rejected": (TEXT, True),  # candidate_id; null for SFT rows
-        "chosen_p_yes": (REAL, True),
-        "rejected_p_yes": (REAL, True),
-        "margin": (REAL, True),
-        "reference_chosen": (REAL, True),  # log-probabilities under the reference model, where DPO needs them
-        "reference_rejected": (REAL, True),
-        "reference_checkpoint": (TEXT, True),
+        "prompt_id": required(TEXT, description="The prompt."),
+        "round": required(INTEGER, description="0, or the epoch after which the discard pool was drawn again."),
+        "chosen": required(TEXT, description="candidate_id of the accepted candidate."),
+        "rejected": optional(TEXT, description="candidate_id of the rejected candidate; empty in rows for SFT."),
+        "chosen_p_yes": optional(REAL, description="The judge's p_yes of the chosen candidate."),
+        "rejected_p_yes": optional(REAL, description="The judge's p_yes of the rejected candidate."),
+        "margin": optional(REAL, description="chosen_p_yes minus rejected_p_yes."),
+        "reference_chosen": optional(
+            pa.list_(REAL),
+            description="log p(chosen | prompt) under the reference model, for DPO: one value where the likelihood is "
+            "exact, and one for each epoch where it is estimated with that epoch's random draws.",
+        ),
+        "reference_rejected": optional(pa.list_(REAL), description="The same for the rejected candidate."),
+        "reference_checkpoint": optional(TEXT, description="Hash of the reference model."),
     },
     "discard": {
-        "prompt_id": (TEXT, False),
-        "round": (INTEGER, False),
-        "best_p_yes": (REAL, True),
-        "reason": (TEXT, False),  # no_accepted (waits for replay), no_rejected or small_margin (DPO; do not wait)
+        "prompt_id": required(TEXT, description="A prompt without training rows."),
+        "round": required(INTEGER, description="0, or the epoch after which the discard pool was drawn again."),
+        "best_p_yes": optional(REAL, description="The highest p_yes of its candidates."),
+        "reason": required(
+            TEXT, description="no_accepted (the prompt waits for replay), no_rejected or small_margin (DPO; these do not wait)."
+        ),
     },
     "schedule": {
-        "step": (INTEGER, False),  # optimizer step, from 0
-        "position": (INTEGER, False),  # place in the step's global batch
-        "epoch": (INTEGER, False),  # from 1
-        "segment": (INTEGER, False),  # how many replays came before
-        "prompt_id": (TEXT, False),
-        "chosen": (TEXT, False),
-        "rejected": (TEXT, True),
-        "reference_chosen": (REAL, True),
-        "reference_rejected": (REAL, True),
-        "reference_checkpoint": (TEXT, True),
+        "step": required(INTEGER, description="The optimizer step, from 0."),
+        "position": required(INTEGER, description="The row's place in the step's global batch."),
+        "epoch": required(INTEGER, description="The epoch, from 1."),
+        "segment": required(INTEGER, description="How many replays came before."),
+        "prompt_id": required(TEXT, description="The prompt."),
+        "chosen": required(TEXT, description="candidate_id of the image to learn."),
+        "rejected": optional(TEXT, description="candidate_id of the rejected image, for DPO."),
+        "reference_chosen": optional(REAL, description="log p(chosen | prompt) under the reference model, for this epoch."),
+        "reference_rejected": optional(REAL, description="The same for the rejected image."),
+        "reference_checkpoint": optional(TEXT, description="Hash of the reference model."),
     },
-    "training": {"step": (INTEGER, False), "metric": (TEXT, False), "value": (REAL, False)},
+    "training": {
+        "step": required(INTEGER, description="The optimizer step, from 1."),
+        "metric": required(TEXT, description="The metric's name, such as loss or nll."),
+        "value": required(REAL, description="Its value."),
+    },
     "metrics": {
-        "run": (TEXT, False),
-        "arm": (TEXT, False),
-        "benchmark": (TEXT, False),
-        "category": (TEXT, False),  # a category, or overall: the unweighted mean over categories
-        "metric": (TEXT, False),
-        "value": (REAL, True),  # percent; null where the denominator is 0
-        "n": (INTEGER, False),  # prompts
-        "numerator": (INTEGER, False),
-        "denominator": (INTEGER, False),
-        "ci_low": (REAL, True),
-        "ci_high": (REAL, True),
-        "delta": (REAL, True),  # value minus the base model's; for und, minus 50
-        "delta_ci_low": (REAL, True),
-        "delta_ci_high": (REAL, True),
-        "seed": (INTEGER, False),
+        "run": required(TEXT, description="The run."),
+        "arm": required(TEXT, description="base, or the arm."),
+        "benchmark": required(TEXT, description="The benchmark."),
+        "category": required(TEXT, description="A category, or overall: the unweighted mean over categories."),
+        "metric": required(TEXT, description="The metric; stages/tools/metrics.py defines them."),
+        "judge": optional(
+            TEXT, description="The external judge or scorer that it is measured with; empty where none is needed."
+        ),
+        "value": optional(REAL, description="The value in percent; empty where the denominator is 0."),
+        "prompts": required(INTEGER, description="How many prompts the category has."),
+        "numerator": required(REAL, description="The sum of what was counted, over all images."),
+        "denominator": required(INTEGER, description="How many images or verdicts were counted."),
+        "ci_low": optional(REAL, description="The 95 % confidence interval's lower end, resampled by prompt."),
+        "ci_high": optional(REAL, description="Its upper end."),
+        "delta": optional(REAL, description="The value minus the base model's; for und, minus 50."),
+        "delta_ci_low": optional(REAL, description="The lower end of the 95 % interval of this paired difference."),
+        "delta_ci_high": optional(REAL, description="Its upper end."),
+        "seed": required(INTEGER, description="The run's seed."),
     },
 }
 
 
 def schema(kind: str) -> pa.Schema:
-    return pa.schema([pa.field(name, type_, null) for name, (type_, null) in SCHEMAS[kind].items()])
+    """Return the Arrow schema of a kind of manifest."""
+    return pa.schema([pa.field(name, column.type, column.empty) for name, column in SCHEMAS[kind].items()])
 
 
 def content_hash(path: Path) -> str:
-    """16 hex digits over the file's bytes."""
+    """Return 16 hexadecimal digits of a hash over the file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
@@ -130,16 +190,18 @@ def write(
     stage: str,
     settings: Mapping[str, Any] | None = None,
     parents: Iterable[Path] = (),
+    uses: Iterable[str] = (),
 ) -> None:
-    """Write a manifest whole or not at all: rows, or tables one after the other, which need not fit into memory together.
+    """Write a manifest whole or not at all, from rows or from tables that need not fit into memory together.
 
-    Columns that a row leaves out are null; raises ValueError on a row that does not fit the schema (a programming error,
-    not the user's)."""
+    Columns that a row leaves out are empty. uses: names of the registered families, judges or suites that the stage used; they
+    belong to the code that is recorded. Raises ValueError on a row that does not fit the schema, which is a programming error.
+    """
     tables = rows if isinstance(rows, Iterator) else [pa.Table.from_pylist([dict(row) for row in rows], schema=schema(kind))]
     facts = {
         "kind": kind,
         "stage": stage,
-        "code": code(stage),
+        "code": code(stage, mentioned=uses),
         "settings": settings or {},
         "parents": [content_hash(parent) for parent in parents],
     }
@@ -147,14 +209,14 @@ def write(
     with whole_file(path) as temporary, pq.ParquetWriter(temporary, described, compression="zstd") as writer:
         for table in tables:
             table = table.select(described.names).cast(described)
-            for name, (_, null) in SCHEMAS[kind].items():
-                if not null and table[name].null_count:
+            for name, column in SCHEMAS[kind].items():
+                if not column.empty and table[name].null_count:
                     raise ValueError(f"{path}: column {name} of a {kind} manifest has nulls")
             writer.write_table(table)
 
 
 def read(path: Path, kind: str) -> pa.Table:
-    """Read a manifest of that kind. Raises UserError on a missing or broken file, or a column missing or mistyped."""
+    """Read a manifest of that kind. Raises UserError on a missing or broken file and on a missing or mistyped column."""
     try:
         table = pq.read_table(path)
     except FileNotFoundError:
@@ -162,17 +224,17 @@ def read(path: Path, kind: str) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         message = f"{path}: not a readable Parquet file ({error}); delete it and run again"
         raise UserError(message.replace("\n", " ")) from None
-    for name, (type_, null) in SCHEMAS[kind].items():
+    for name, column in SCHEMAS[kind].items():
         if name not in table.column_names:
             raise UserError(f"{path}: column {name!r} of a {kind} manifest is missing; delete the file and run again")
         try:
-            column = table[name].cast(type_)
+            values = table[name].cast(column.type)
         except pa.ArrowException:
             raise UserError(
-                f"{path}: column {name!r} is {table.schema.field(name).type}, a {kind} manifest has {type_}; "
+                f"{path}: column {name!r} is {table.schema.field(name).type}, a {kind} manifest has {column.type}; "
                 "delete the file and run again"
             ) from None
-        if not null and column.null_count:
+        if not column.empty and values.null_count:
             raise UserError(f"{path}: column {name!r} has empty values; delete the file and run again")
     return table.select(list(SCHEMAS[kind])).cast(schema(kind))
 
@@ -180,10 +242,10 @@ def read(path: Path, kind: str) -> pa.Table:
 def read_rows(
     paths: Path | Iterable[Path], kind: str, *, without: Sequence[str] = (), wanted: Iterable[str] | None = None
 ) -> list[dict[str, Any]]:
-    """The rows of one manifest or of several, in order.
+    """Return the rows of one manifest or of several, in order.
 
-    without: columns to leave out; image tokens, as Python numbers, are most of a candidate's memory.
-    wanted: of these candidate_ids alone.
+    without: columns to leave out; image tokens as Python numbers take most of a candidate's memory.
+    wanted: keep only the rows with these candidate_ids.
     """
     identifiers = None if wanted is None else pa.array(sorted(wanted), TEXT)
     rows: list[dict[str, Any]] = []
@@ -196,7 +258,7 @@ def read_rows(
 
 
 def prompts_of(path: Path, candidates: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Prompt rows by id; UserError where a candidate's prompt is not among them."""
+    """Return prompt rows by id. Raises UserError when a candidate's prompt is not among them."""
     prompts = {row["prompt_id"]: row for row in read_rows(path, "prompts")}
     missing = next((row["prompt_id"] for row in candidates if row["prompt_id"] not in prompts), None)
     if missing:
@@ -205,6 +267,6 @@ def prompts_of(path: Path, candidates: list[dict[str, Any]]) -> dict[str, dict[s
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """The `selfgap` metadata of a manifest, or an empty dictionary."""
+    """Return the `selfgap` metadata of a manifest, or an empty dictionary."""
     metadata = pq.read_schema(path).metadata or {}
     return json.loads(metadata.get(b"selfgap", b"{}"))

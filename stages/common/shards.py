@@ -11,22 +11,22 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from stages.common.runtime import UserError
+from stages.common.errors import UserError
 
 BLOCK = 512
 
 
 def png(image: np.ndarray) -> bytes:
-    """A picture, uint8 `[h, w, 3]`, as PNG bytes; equal pixels give equal bytes."""
+    """Return an image, uint8 `[h, w, 3]`, as PNG bytes. Equal pixels give equal bytes."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def append(file: Any, candidate_id: str, data: bytes) -> tuple[int, int]:
-    """Append `<candidate_id>.png` to an open tar; returns offset and length of the PNG's bytes.
+    """Append `<candidate_id>.png` to an open tar file and return the offset and length of the PNG in it, in bytes.
 
-    Owner, mode and time are constants, so equal pictures give equal tars.
+    Owner, mode and time are constants, so equal images give equal tar files.
     """
     info = tarfile.TarInfo(f"{candidate_id}.png")
     info.size, info.mode, info.mtime = len(data), 0o644, 0
@@ -37,14 +37,15 @@ def append(file: Any, candidate_id: str, data: bytes) -> tuple[int, int]:
 
 
 def finish(file: Any) -> None:
-    """The two empty blocks that end a tar."""
+    """Write the two empty blocks that end a tar file."""
     file.write(b"\0" * 2 * BLOCK)
 
 
 def read_images(manifest: Path, rows: Iterable[dict[str, Any]]) -> np.ndarray:
-    """The pictures of candidate rows, uint8 `[n, h, w, 3]`, from the tars beside their manifest.
+    """Return the images of candidate rows, uint8 `[n, h, w, 3]`, read from the tar files beside their manifest.
 
-    Raises UserError that names the tar and the candidate where it is missing, cut short or broken.
+    Raises UserError when a tar file is missing, or when an image is truncated or damaged. The message names the tar file and,
+    for an image, its candidate.
     """
     pictures, files = [], {}
     try:

@@ -1,20 +1,38 @@
-"""The registered model families, by the name used in `model.family`."""
+"""The registered model families, by the name used in `model.family`.
+
+To add a family, write its package and add a line here: see docs/extending.md.
+"""
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from stages.common.registry import resolve
 
 if TYPE_CHECKING:
     from stages.common.config import Model
-    from stages.families.base import Family
+    from stages.families.base import Description, Family, Role
 
-FAMILIES = {"janus": ("stages.families.janus.family", "Janus")}
+FAMILIES = {
+    "janus": "stages.families.janus:JANUS",
+}
+
+
+def describe(family: str) -> Description:
+    """Return a family's description. Neither torch nor the weights are loaded."""
+    return resolve(FAMILIES[family])
+
+
+def checkpoint_hash(family: str, checkpoint: Path, role: Role) -> str:
+    """Return the identity of a checkpoint in one role: a hash over the files that the family says belong to it."""
+    from stages.families.tools.checkpoints import files_hash
+
+    return files_hash(checkpoint, describe(family).files(checkpoint, role))
 
 
 def workers(model: Model) -> int:
-    """How many processes share a stage's batches, one GPU each: `model.workers`; where empty, as many as GPUs are seen."""
+    """Return how many processes share a stage's batches, one GPU each: `model.workers`, or the number of visible GPUs."""
     import torch
 
     if model.workers is not None:
@@ -22,8 +40,12 @@ def workers(model: Model) -> int:
     return max(1, torch.cuda.device_count()) if model.device in ("auto", "cuda") else 1
 
 
-def open_family(model: Model, checkpoint: Path | None = None) -> Family:
-    """Load the configured model, or another checkpoint of its family; torch is imported here and not before."""
+def open_family(model: Model, checkpoint: Path | None, role: Role) -> Family:
+    """Load the configured model, or another checkpoint of its family, for one role.
+
+    `model.device` auto takes a GPU where there is one. `model.dtype` auto is bfloat16 on a GPU and float32 on a CPU. torch is
+    imported here and not before.
+    """
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -34,5 +56,5 @@ def open_family(model: Model, checkpoint: Path | None = None) -> Family:
     dtype = model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    module, name = FAMILIES[model.family]
-    return getattr(import_module(module), name).load(checkpoint or Path(model.checkpoint), device, dtype)
+    loader: Any = resolve(describe(model.family).loader)
+    return loader.load(checkpoint or Path(model.checkpoint), device, dtype, role)

@@ -1,0 +1,24 @@
+"""The registered kinds of external judges, by the name used in `kind` of the section `judges`.
+
+To add a judge, write its module and add a line here: see docs/extending.md.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stages.common.registry import resolve
+
+if TYPE_CHECKING:
+    from stages.judges.base import JudgeKind
+
+JUDGES = {
+    "shapes": "stages.judges.shapes:SHAPES",
+    "table": "stages.judges.table:TABLE",
+    "family": "stages.judges.family:FAMILY",
+}
+
+
+def judge_kind(kind: str) -> JudgeKind:
+    """Return a registered kind of judge."""
+    return resolve(JUDGES[kind])

@@ -1,9 +1,9 @@
-"""Prompts of the little world: what can be said, what it means, and to which split it belongs.
+"""The prompts of the shapes world: their grammar, their meanings, and the split that each belongs to.
 
-A meaning (`Meaning`) is one or more groups of objects and, for two groups, possibly a spatial relation. An attribute
-that is not said is free; the number of objects is exact. The six categories follow T2I-CompBench in miniature. Two
-prompts that say the same thing in another order ("a star and a circle", "a circle and a star") have one canonical
-form, and the split is a hash of that form: nothing that is held out was ever trained on in other words.
+A meaning (`Meaning`) is one or more groups of objects and, for two groups, possibly a spatial relation. An attribute that the
+prompt does not mention is free; the number of objects is exact. The six categories follow T2I-CompBench in miniature. Prompts
+that differ only in order ("a star and a circle", "a circle and a star") have the same canonical form, and the split is a
+function of its hash. A held-out prompt is therefore never trained on in another wording.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RELATIONS = tuple(INVERSE)
 
 @dataclass(frozen=True, order=True)
 class Group:
-    """`count` objects of one description; `None` means that the attribute is free."""
+    """`count` objects with the same description. An attribute that is None is free."""
 
     count: int
     shape: str
@@ -53,7 +53,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a prompt says. `relation` holds between the first and the second group and needs exactly two of them."""
+    """The meaning of a prompt. `relation` holds between the first and the second group and requires exactly two groups."""
 
     category: str
     groups: tuple[Group, ...]
@@ -66,7 +66,7 @@ class Meaning:
         return " and ".join(phrases)
 
     def canonical(self) -> str:
-        """The same text for every prompt with this meaning."""
+        """Return a text that is the same for every prompt with this meaning."""
         groups, relation = self.groups, self.relation
         if relation in ("right of", "below"):
             groups, relation = groups[::-1], INVERSE[relation]
@@ -82,7 +82,7 @@ class Meaning:
 
 
 def from_json(text: str) -> Meaning:
-    """The inverse of `Meaning.to_json`; raises ValueError on anything else."""
+    """Return the meaning that `Meaning.to_json` wrote. Raises ValueError on any other text."""
     try:
         fields = json.loads(text)
         return Meaning(fields["category"], tuple(Group(**group) for group in fields["groups"]), fields["relation"])
@@ -101,7 +101,7 @@ def _singles(colors: bool, textures: bool) -> list[Group]:
 
 @cache
 def meanings(category: str) -> tuple[Meaning, ...]:
-    """Every meaning of a category, in a fixed order. Raises KeyError on an unknown category."""
+    """Return every meaning of a category, in a fixed order. Raises KeyError on an unknown category."""
     bare, colored, textured = _singles(False, False), _singles(True, False), _singles(False, True)
     full = _singles(True, True)
     related = [(a, b) for a, b in itertools.permutations(bare + colored, 2)]
@@ -142,7 +142,7 @@ def _pick(names: tuple[str, ...], name: str | None, rng: np.random.Generator) ->
 
 
 def sample_scene(meaning: Meaning, rng: np.random.Generator) -> np.ndarray:
-    """A scene that the prompt describes, `int16 [4, 4]`; free attributes and places are drawn at random."""
+    """Return a random scene that the prompt describes, int16 `[4, 4]`. Free attributes and positions are drawn uniformly."""
     values = [
         encode_kind(SHAPES.index(group.shape), _pick(COLOR_NAMES, group.color, rng), _pick(TEXTURES, group.texture, rng))
         for group in meaning.groups
@@ -158,7 +158,10 @@ def sample_scene(meaning: Meaning, rng: np.random.Generator) -> np.ndarray:
 
 
 def holds(relation: str, first: int, second: int) -> bool:
-    """Whether the cell `first` (row-major) stands in that relation to `second`: strictly, on its axis alone."""
+    """Return whether cell `first` is in that relation to cell `second`.
+
+    Both are row-major indices. The relation is strict and concerns only its own axis.
+    """
     if relation in ("left of", "right of"):
         a, b = first % GRID, second % GRID
     else:
@@ -167,10 +170,10 @@ def holds(relation: str, first: int, second: int) -> bool:
 
 
 def perturb_meaning(meaning: Meaning, rng: np.random.Generator) -> Meaning:
-    """The meaning with one thing changed (an attribute, a number, the relation): a hard negative's caption.
+    """Return the meaning with one random change (an attribute, a number or the relation), as the caption of a hard negative.
 
-    The result may still describe a given scene (free attributes, symmetric pairs) and may lie in another split: the
-    caller checks both.
+    The result may still describe a scene of the original meaning (free attributes, symmetric pairs) and may belong to another
+    split; the caller checks both.
     """
     groups = list(meaning.groups)
     which = int(rng.integers(len(groups)))
@@ -194,7 +197,7 @@ def perturb_meaning(meaning: Meaning, rng: np.random.Generator) -> Meaning:
 
 
 def perturb_scene(grid: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The scene with one object changed, dropped, added or moved: what a painter's slip looks like."""
+    """Return the scene with one random object changed, removed, duplicated or moved, like the errors of an image generator."""
     flat = grid.flatten()
     full, empty = np.flatnonzero(flat), np.flatnonzero(flat == 0)
     slip = int(rng.integers(6))

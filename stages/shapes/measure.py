@@ -1,8 +1,8 @@
-"""What the tiny model can do in the shapes world.
+"""Measure how well the tiny model draws and judges in the shapes world.
 
     python -m stages.shapes.measure --checkpoint models/tiny-janus
 
-prints a line of JSON for each split and seed: the figures of the model card.
+The command prints a line of JSON for each split and seed. These are the figures of the model card.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.families.base import Sampling
+from stages.families.janus import JanusSampling
 from stages.families.janus.family import Janus
 from stages.shapes import oracle
 from stages.shapes.grammar import Meaning
@@ -23,15 +23,18 @@ from stages.shapes.tiny_janus import QUESTION
 
 
 def measure(family: Janus, split: str, prompts: int, seed: int, guidance_scale: float = 1.0) -> dict[str, float]:
-    """gen: right drawings by the oracle; non: own drawings refused; judge accuracy on balanced hard negatives and on the
-    model's own drawings. Percent, of prompts drawn evenly over the categories."""
+    """Return the model's metrics in percent, on random prompts that are uniform over the categories.
+
+    gen: images that match their prompt according to the oracle. non: images that the model itself rejects.
+    judge_hard, judge_own: accuracy of the model's judgements, on matching pairs and hard negatives and on its own images.
+    """
     rng = np.random.default_rng(seed)
     meanings = [sample_meaning(rng, split) for _ in range(prompts)]
     images, truth = [], []
     for start in range(0, prompts, 128):
         part = meanings[start : start + 128]
         seeds = rng.integers(1 << 62, size=len(part))
-        drawn = family.generate([m.prompt() for m in part], seeds, Sampling(guidance_scale)).images
+        drawn = family.generate([m.prompt() for m in part], seeds, JanusSampling(guidance_scale=guidance_scale)).images
         images.append(drawn)
         truth += [oracle.matches(m, g) for m, g in zip(part, oracle.read(drawn), strict=True)]
     judged = [sample_judged(rng, split, hard=1.0) for _ in range(prompts)]

@@ -1,4 +1,4 @@
-"""The exact oracle: it reads a picture back into a scene and says whether a prompt describes it."""
+"""The exact oracle: it reconstructs the scene from an image and decides whether a prompt describes it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from stages.shapes.grammar import Meaning, holds
 from stages.shapes.scenes import CELL, GRID, tiles
 
 UNREADABLE = -1
-TOLERANCE = 0.03  # mean squared error of a cell against its nearest tile, pixels in [0, 1]
+TOLERANCE = 0.03  # largest mean squared error between a cell and its nearest tile, for pixels in [0, 1]
 
 
 def read(images: np.ndarray) -> np.ndarray:
-    """Read pictures: `uint8 [n, 64, 64, 3]` to grids `int16 [n, 4, 4]`.
+    """Return the scenes of images, uint8 `[n, 64, 64, 3]`, as grids, int16 `[n, 4, 4]`.
 
-    Each cell takes the value of its nearest tile by mean squared error; a cell further than TOLERANCE from every tile
-    is UNREADABLE, and a scene with such a cell matches no prompt. Raises ValueError on pictures of another size.
+    Each cell takes the value of its nearest tile by mean squared error. A cell whose error exceeds TOLERANCE for every tile is
+    UNREADABLE, and a scene with such a cell matches no prompt. Raises ValueError on images of another size.
     """
     count = len(images)
     if images.shape[1:] != (GRID * CELL, GRID * CELL, 3):
@@ -32,7 +32,7 @@ def read(images: np.ndarray) -> np.ndarray:
 
 
 def matches(meaning: Meaning, grid: np.ndarray) -> bool:
-    """Whether the scene has exactly the objects of the meaning, and the relation holds for some way to name them."""
+    """Return whether the scene has exactly the meaning's objects, and its relation holds for some assignment of them."""
     flat = grid.ravel()
     cells = np.flatnonzero(flat)
     wanted = [group for group in meaning.groups for _ in range(group.count)]

@@ -1,4 +1,4 @@
-"""Prompts and labelled pairs of prompt and scene, as the tiny model learns from and is measured on."""
+"""Random prompts and labelled pairs of prompt and scene, on which the tiny model is trained and measured."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from stages.shapes.grammar import CATEGORIES, Meaning, perturb_meaning, perturb_
 
 @dataclass
 class Judged:
+    """A prompt's meaning, a scene (int16 `[4, 4]`), and whether the prompt describes the scene."""
+
     meaning: Meaning
     grid: np.ndarray
     label: bool
@@ -20,7 +22,7 @@ class Judged:
 
 @cache
 def simple_meanings(split: str) -> tuple[Meaning, ...]:
-    """One group of one or two objects: few of all prompts, but words and pictures are tied together on them."""
+    """Return the meanings of one group of one or two objects. They are few, but the model learns the words from them."""
     return tuple(
         meaning
         for category in CATEGORIES
@@ -30,7 +32,7 @@ def simple_meanings(split: str) -> tuple[Meaning, ...]:
 
 
 def sample_meaning(rng: np.random.Generator, split: str, simple: float = 0.0) -> Meaning:
-    """A prompt of the split, categories evenly; with probability `simple` one of the simple prompts."""
+    """Return a random meaning of the split: with probability `simple` a simple one, otherwise uniform over the categories."""
     if rng.random() < simple:
         pool = simple_meanings(split)
     else:
@@ -39,7 +41,10 @@ def sample_meaning(rng: np.random.Generator, split: str, simple: float = 0.0) ->
 
 
 def sample_judged(rng: np.random.Generator, split: str, hard: float = 0.8, simple: float = 0.0) -> Judged:
-    """One labelled pair, matching with probability one half; every caption is of the given split."""
+    """Return a random labelled pair, which matches with probability one half. Its prompt belongs to the split.
+
+    hard: the fraction of non-matching pairs that differ from a matching pair in one thing. simple: see `sample_meaning`.
+    """
     wanted = bool(rng.random() < 0.5)
     while True:
         meaning = sample_meaning(rng, split, simple)
@@ -55,7 +60,7 @@ def sample_judged(rng: np.random.Generator, split: str, hard: float = 0.8, simpl
             else:
                 pool = split_meanings(meaning.category, split)
                 meaning = pool[rng.integers(len(pool))]
-        elif rng.random() < 0.25:  # a changed scene that still matches: a change alone must not mean "no"
+        elif rng.random() < 0.25:  # a changed scene that still matches, or every change would mean no
             grid = perturb_scene(grid, rng)
         if oracle.matches(meaning, grid) == wanted:
             return Judged(meaning, grid, wanted)

@@ -1,8 +1,8 @@
-"""Scenes of the little world and how they become pixels.
+"""Scenes of the shapes world, and their rendering.
 
-A scene is an integer grid `int16 [4, 4]`: 0 is an empty cell, `1 + kind` an object, where `kind` counts through
-shape, colour and texture (`kind = (shape * 6 + colour) * 3 + texture`). A picture is `uint8 [64, 64, 3]`, one 16 x 16
-tile a cell. NumPy and Pillow only: everything that reads or writes scenes starts fast.
+A scene is a grid, int16 `[4, 4]`. The value 0 is an empty cell and `1 + kind` is an object, where `kind` enumerates shapes,
+colours and textures: `kind = (shape * 6 + colour) * 3 + texture`. An image is uint8 `[64, 64, 3]`, with one 16 x 16 tile per
+cell. This module imports only NumPy and Pillow, so that stages which read or write scenes start quickly.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ COLOR_NAMES = tuple(COLORS)
 TEXTURES = ("solid", "striped", "dotted")
 KINDS = len(SHAPES) * len(COLORS) * len(TEXTURES)
 BACKGROUND = (244, 241, 234)
-_SCALE = 8  # drawn 8 times larger and reduced, for smooth edges
+_SCALE = 8  # tiles are drawn 8 times larger and downsampled, for smooth edges
 
 
 def encode_kind(shape: int, color: int, texture: int) -> int:
-    """The grid value of an object: 1 to KINDS."""
+    """Return the grid value of an object, from 1 to KINDS."""
     return 1 + (shape * len(COLORS) + color) * len(TEXTURES) + texture
 
 
 def decode_kind(value: int) -> tuple[int, int, int]:
-    """Shape, colour and texture indices of a grid value from 1 to KINDS."""
+    """Return the shape, colour and texture indices of a grid value from 1 to KINDS."""
     rest, texture = divmod(int(value) - 1, len(TEXTURES))
     shape, color = divmod(rest, len(COLORS))
     return shape, color, texture
@@ -87,13 +87,13 @@ def _tile(shape: str, color: tuple[int, int, int], texture: str) -> np.ndarray:
 
 @cache
 def tiles() -> np.ndarray:
-    """Every tile, `uint8 [1 + KINDS, 16, 16, 3]`, indexed by grid value; 0 is the empty cell."""
+    """Return all tiles, uint8 `[1 + KINDS, 16, 16, 3]`, indexed by grid value. Tile 0 is the empty cell."""
     empty = np.broadcast_to(np.array(BACKGROUND, dtype=np.uint8), (CELL, CELL, 3))
     objects = [_tile(shape, color, texture) for shape in SHAPES for color in COLORS.values() for texture in TEXTURES]
     return np.stack([empty, *objects])
 
 
 def render(grids: np.ndarray) -> np.ndarray:
-    """Draw scenes: `int [n, 4, 4]` to `uint8 [n, 64, 64, 3]`."""
+    """Return the images of scenes, integer `[n, 4, 4]`, as uint8 `[n, 64, 64, 3]`."""
     count = len(grids)
     return tiles()[grids].transpose(0, 1, 3, 2, 4, 5).reshape(count, SIZE, SIZE, 3)

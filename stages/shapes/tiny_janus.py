@@ -1,4 +1,4 @@
-"""The tiny model's configuration and its processor, made from scratch: Janus's own classes at toy size."""
+"""Configuration and processor of the tiny model: transformers' own Janus classes at a small size."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def vocabulary() -> list[str]:
 
 
 def make_processor(image_size: int = SIZE, image_tokens: int = GRID * GRID) -> JanusProcessor:
-    """A word-level tokenizer that adds BOS by itself, as Janus's does, and Janus's image processor."""
+    """Return a processor with a word-level tokenizer, which adds BOS itself as Janus's does, and Janus's image processor."""
     words = vocabulary()
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=SPECIAL["unk_token"]))
     tokenizer.normalizer = normalizers.Lowercase()

@@ -1,8 +1,10 @@
-"""Step 1 of the tiny model: its image tokenizer (`JanusVQVAE`), trained on rendered scenes.
+"""Step 1 of the tiny model: train its image tokenizer (`JanusVQVAE`) on rendered scenes.
 
-`python -m stages.shapes.train_codes --out DIR`. Supervised: code k stands for tile k, the encoder learns
-to name the tile of each cell (cross-entropy against the codebook, by cosine) and the decoder to draw it (squared
-error). transformers' own `JanusVQVAE.forward` has no straight-through estimator and cannot train the encoder.
+    python -m stages.shapes.train_codes --out DIR
+
+Training is supervised: code k represents tile k. The encoder learns to classify the tile of each cell (cross-entropy over the
+cosine similarities to the codebook), and the decoder learns to draw it (squared error). transformers' `JanusVQVAE.forward` has
+no straight-through estimator and so cannot train the encoder.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ PEAK_RATE = 4e-3
 
 
 def sample_grids(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Scenes of the pretraining split, half of them crowded so that every tile meets every neighbour."""
+    """Return random scenes, int64 `[count, 4, 4]`: half of them of the pretraining split, the others dense and arbitrary.
+
+    In the dense scenes every tile occurs beside every other.
+    """
     grids = []
     for i in range(count):
         if i % 2:
@@ -38,23 +43,23 @@ def sample_grids(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:
-    """`uint8 [n, h, w, 3]` to float32 `[n, 3, h, w]` in [-1, 1]."""
+    """Return images, uint8 `[n, h, w, 3]`, as float32 `[n, 3, h, w]` in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_images(pixels: torch.Tensor) -> np.ndarray:
-    """The inverse of `to_pixels`, rounded and clipped."""
+    """Return the inverse of `to_pixels`, rounded and clipped."""
     return ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def latents(model: JanusVQVAE, pixels: torch.Tensor) -> torch.Tensor:
-    """Unit-norm latents float32 `[n, 4, 4, d]`."""
+    """Return the latents of unit norm, float32 `[n, 4, 4, d]`."""
     return F.normalize(model.quant_conv(model.encoder(pixels)), dim=1).permute(0, 2, 3, 1)
 
 
 @torch.no_grad()
 def encode(model: JanusVQVAE, images: np.ndarray, batch: int = 256) -> np.ndarray:
-    """True codes `int64 [n, 16]` by cosine: upstream normalises latents before the look-up, transformers does not."""
+    """Return the nearest codes by cosine similarity, int64 `[n, 16]`. Unlike transformers, upstream normalises the latents."""
     codes = []
     for start in range(0, len(images), batch):
         z = latents(model, to_pixels(images[start : start + batch]))
@@ -67,7 +72,7 @@ def train(steps: int, batch: int, seed: int) -> JanusVQVAE:
     rng = np.random.default_rng(seed)
     model = JanusVQVAE(make_config(make_processor()).vq_config).to(memory_format=torch.channels_last)
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):  # the stock standard deviation of 0.02 barely trains
+        if isinstance(module, nn.Conv2d):  # with the default standard deviation of 0.02 it barely trains
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
             nn.init.zeros_(module.bias)
     nn.init.normal_(model.quantize.embedding.weight)
@@ -96,7 +101,7 @@ def train(steps: int, batch: int, seed: int) -> JanusVQVAE:
 
 @torch.no_grad()
 def round_trip(model: JanusVQVAE, count: int, seed: int) -> float:
-    """Share of scenes that the oracle reads unchanged after encoding and decoding."""
+    """Return the fraction of scenes that the oracle reads unchanged after encoding and decoding."""
     grids = sample_grids(count, np.random.default_rng(seed))
     codes = torch.from_numpy(encode(model, render(grids)))
     decoded = torch.cat([model.decode(part) for part in codes.split(256)])
@@ -113,7 +118,7 @@ def main() -> None:
     model = train(arguments.steps, arguments.batch, arguments.seed)
     arguments.out.mkdir(parents=True, exist_ok=True)
     save_model(model, str(arguments.out / "codes.safetensors"))
-    print(f"oracle on decoded true codes: {round_trip(model, 1000, arguments.seed + 1):.4f}")
+    print(f"fraction of scenes that the oracle reads unchanged: {round_trip(model, 1000, arguments.seed + 1):.4f}")
 
 
 if __name__ == "__main__":

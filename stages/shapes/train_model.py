@@ -1,13 +1,15 @@
-"""Step 2 of the tiny model: the language model learns to draw and to judge, on the pretraining split alone.
+"""Step 2 of the tiny model: the language model learns to draw and to judge, only on the pretraining split.
 
-`python -m stages.shapes.train_model --codes results/pretraining/codes.safetensors --out models/tiny-janus`.
+    python -m stages.shapes.train_model --codes results/pretraining/codes.safetensors --out models/tiny-janus
 
-Three tasks share every step: prompt -> image codes (one prompt in ten replaced by padding, for guidance), picture +
-question -> 1 or 0, and picture -> caption, from which the judge learns colours and textures much sooner. Half of the
-judged pairs match. The others are hard: one thing of the caption or of the scene is changed, or (one in five) the caption
-belongs to another scene of the same category. The oracle labels every pair. The losses are means of their own, since mixed
-into one token mean the few answers drown. A step holds more judging than drawing, since an answer teaches one bit and a
-drawing sixteen codes. State is saved every `--save-every` steps, and the same command continues from it.
+Every step trains three tasks: prompt -> image codes (one prompt in ten is replaced by padding, for guidance), image and
+question -> 1 or 0, and image -> caption. Captioning teaches the judge colours and textures much sooner. Half of the judged
+pairs match. Most of the others are hard negatives, in which one thing of the caption or of the scene is changed; in one of five
+the caption belongs to another scene of the same category. The oracle labels every pair.
+
+Each task's loss is averaged separately, because in a common mean over tokens the few answers would have hardly any weight. A
+step has more judged pairs than drawings, because an answer teaches one bit and a drawing sixteen codes. The state is saved
+every `--save-every` steps, and running the same command again continues from it.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class Batches:
 
     def draw(self, rng: np.random.Generator, simple: float) -> tuple[torch.Tensor, torch.Tensor]:
         meanings = [sample_meaning(rng, SPLIT, simple) for _ in range(self.batch)]
-        image = [sample_scene(meaning, rng).ravel() for meaning in meanings]  # code k stands for tile k
+        image = [sample_scene(meaning, rng).ravel() for meaning in meanings]  # code k represents tile k
         rows, starts = [], []
         for meaning, code in zip(meanings, image, strict=True):
             ids = list(self.ids(meaning.prompt()))
@@ -78,7 +80,7 @@ def drawing_loss(model: JanusForConditionalGeneration, ids: torch.Tensor, starts
 def judging_loss(family: Janus, judged: list[Judged], rng: np.random.Generator) -> torch.Tensor:
     images = render(np.stack([pair.grid for pair in judged]))
     noisy = images + rng.normal(0, 6, images.shape)
-    images = noisy.round().clip(0, 255).astype(np.uint8)  # the decoder's pictures are not pixel-perfect either
+    images = noisy.round().clip(0, 255).astype(np.uint8)  # because the decoder's images are not exact either
     questions = [QUESTION.format(prompt=pair.meaning.prompt()) for pair in judged]
     inputs, last = family._question_embeddings(images, questions)
     hidden = family.model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
@@ -89,10 +91,10 @@ def judging_loss(family: Janus, judged: list[Judged], rng: np.random.Generator) 
 
 
 def captioning_loss(family: Janus, meanings: list[Meaning], images: np.ndarray) -> torch.Tensor:
-    """Cross-entropy of the caption and the end of its turn, asked for by CAPTION."""
+    """Return the cross-entropy of the captions and of the ends of their turns, as answers to the question CAPTION."""
     captions = [meaning.prompt() for meaning in meanings]
     turns = [f"{CAPTION}\n\n<|Assistant|>: {caption}" for caption in captions]
-    inputs, last = family._question_embeddings(images, turns)  # ends in another `<|Assistant|>:`, the end of the turn
+    inputs, last = family._question_embeddings(images, turns)  # its final `<|Assistant|>:` serves as the end of the turn
     hidden = family.model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
     end = family.tokenizer.convert_tokens_to_ids("<|Assistant|>")
     rows: list[int] = []
@@ -108,8 +110,11 @@ def captioning_loss(family: Janus, meanings: list[Meaning], images: np.ndarray) 
 
 
 def initialise(model: JanusForConditionalGeneration) -> None:
-    """Variance-preserving weights: the stock standard deviation of 0.02 is meant for widths in the thousands, and at
-    128 it leaves a plateau of a thousand steps."""
+    """Initialise the weights so that they preserve variance.
+
+    The default standard deviation of 0.02 is meant for widths in the thousands. At width 128 the loss would stay on a plateau
+    for a thousand steps.
+    """
     janus = model.model
     for part in (janus.language_model, janus.vision_model, janus.aligner, janus.generation_aligner):
         for name, module in part.named_modules():
@@ -143,7 +148,7 @@ def train(family: Janus, folder: Path, steps: int, per_step: tuple[int, int, int
     batches = Batches(family, drawn)
     for step in range(first, steps):
         rng = np.random.default_rng([seed, step])
-        simple = max(0.1, 0.8 - 2.0 * step / steps)  # from mostly simple prompts to mostly all
+        simple = max(0.1, 0.8 - 2.0 * step / steps)  # the fraction of simple prompts falls during training
         ids, starts = batches.draw(rng, simple)
         draw = drawing_loss(model, ids, starts, batches.offset, family.image_length)
         judge = judging_loss(family, [sample_judged(rng, SPLIT, simple=simple) for _ in range(judged)], rng)
@@ -182,9 +187,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("results/pretraining"))
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--drawn", type=int, default=24, help="drawings a step")
-    parser.add_argument("--judged", type=int, default=160, help="judged pairs a step")
-    parser.add_argument("--captioned", type=int, default=48, help="captions a step")
+    parser.add_argument("--drawn", type=int, default=24, help="drawings per step")
+    parser.add_argument("--judged", type=int, default=160, help="judged pairs per step")
+    parser.add_argument("--captioned", type=int, default=48, help="captions per step")
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

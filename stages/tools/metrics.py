@@ -1,159 +1,408 @@
-"""The measures, as counts by prompt, and their 95 % intervals.
+"""The metrics, as counts by prompt, and their 95 % intervals.
 
-Definitions (arXiv 2507.16663, sections 2 and 4), und being the model's own verdict and judge the external one:
+The definitions follow arXiv 2507.16663, sections 2 and 4. `own` is the model's own verdict, `judge` is the benchmark's external
+judge, and `scorer` is the judge that measures generation in the prompt's category: the external judge, unless the benchmark or
+its suite names another. Verdicts already include each judge's threshold; none is applied here.
 
-gen                    share of images that the judge says match
-non                    share of the model's own images with und = 0
-weak_generation        P(judge = 0 | und = 0): where the model refuses its own image, how often the judge agrees
-und                    win rate on the base model's images: of the verdicts on which base and trained model differ, the share
-                       where the trained one agrees with the judge; 50 with n = 0 where none differ, as the paper has it
-false_positive_fixed   share of base images with (judge, before, after) = (0, 1, 0)
-true_positive_broken   share of base images with (judge, before, after) = (1, 1, 0)
-judge_on_base          share of base images on which und agrees with the judge
-judge_on_own           the same on the model's own images
+gen                    mean graded score of the scorer over the model's images, or mean verdict if it gives no graded scores
+non                    share of the model's images that the model itself rejects
+weak_generation        P(judge rejects | own rejects): of the images that the model itself rejects, the share that the judge
+                       rejects too
+und                    win rate on the base model's images: of the images on which base and trained model differ, the share
+                       on which the trained model agrees with the judge. Categories without such images have no value and
+                       are left out of `overall`
+und_paper              the same, but a category without such images counts as 50, also in `overall`, as in the paper. For
+                       example, if the models differ on one image in six categories, and the trained model is wrong on it, und
+                       is 0 and und_paper is 41.67
+false_positive_fixed   share of base images with (judge, base, trained) = (no, yes, no)
+true_positive_broken   share of base images with (judge, base, trained) = (yes, yes, no)
+judge_on_base          share of base images on which the model agrees with the judge
+judge_on_own           the same for the model's own images
+own_unreadable         share of the model's images for which its own verdict could not be parsed
+judge_unreadable       share of the model's images for which the judge gave neither a verdict nor a score
+scorer_unreadable      the same for the scorers, if a benchmark has its own
+neither                mean probability that the model's answer is neither yes nor no, over the images for which it is known
 
-An answer that could not be read counts in no denominator but gen's. Without an external judge there is only non. `overall`
-is the unweighted mean over categories.
+An unreadable verdict counts only in the shares of unreadable verdicts; it is in no other metric's denominator. Without an
+external judge there are only non, own_unreadable, neither and the metrics of the scorers. `overall` is the unweighted
+mean over categories.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from stages.common import manifests
-from stages.common.runtime import UserError
+from stages.common.errors import UserError
+from stages.common.seeds import hash_seed
+from stages.judges.base import Verdict
 
-Counts = np.ndarray  # int64 [2, seeds, prompts]: numerator and denominator by run and prompt
+Counts = np.ndarray  # float64 [2, runs, prompts]: numerator and denominator by run and prompt
+DRAW = 50.0  # win rate when as many verdicts change for the better as for the worse
+AGAINST_BASE = ("und", "und_paper")  # these already compare with base, so their difference is from a draw
+OWN_ONLY = ("non", "own_unreadable", "neither")  # these need no external judge
+BY_SCORER = ("gen", "scorer_unreadable")
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The judges of a benchmark by name: the external judge or None, and the scorers of single categories."""
+
+    judge: str | None = None
+    scorers: Mapping[str, str] = field(default_factory=dict)
+
+    def scorer(self, category: str) -> str | None:
+        """Return the name of the judge that measures generation in a category."""
+        return self.scorers.get(category, self.judge)
+
+    def measure(self, metric: str) -> bool:
+        """Return whether these judges can measure a metric."""
+        if metric == "scorer_unreadable":
+            return bool(self.scorers)
+        return metric in OWN_ONLY or self.judge is not None or (metric == "gen" and bool(self.scorers))
+
+    def of(self, metric: str, category: str, categories: Iterable[str]) -> str | None:
+        """Return the name of the judge that measures a metric in a category; for `overall` it may be several, joined."""
+        if metric in OWN_ONLY:
+            return None
+        if metric not in BY_SCORER:
+            return self.judge
+        members = sorted(categories) if category == "overall" else [category]
+        return ", ".join(dict.fromkeys(name for part in members if (name := self.scorer(part)))) or None
 
 
 @dataclass
 class Images:
-    """Verdicts on one set of images, by candidate_id; None where an answer could not be read."""
+    """One checkpoint's images of a benchmark, by candidate_id.
+
+    prompt: the prompt_id. own: the model's own verdict, None if it could not be parsed. neither: the probability that the
+    answer is neither yes nor no, None if unknown. external: the verdicts of each external judge, by judge and candidate_id.
+    """
 
     prompt: dict[str, str] = field(default_factory=dict)
-    judge: dict[str, bool | None] = field(default_factory=dict)
-    und: dict[str, bool | None] = field(default_factory=dict)
+    own: dict[str, bool | None] = field(default_factory=dict)
+    neither: dict[str, float | None] = field(default_factory=dict)
+    external: dict[str, dict[str, Verdict]] = field(default_factory=dict)
 
 
-def verdicts(paths: list[Path], threshold: float) -> dict[str, bool | None]:
-    """Whether p_yes reaches the threshold, by candidate_id."""
-    rows = manifests.read_rows(paths, "scores")
-    return {row["candidate_id"]: None if row["p_yes"] is None else row["p_yes"] >= threshold for row in rows}
+@dataclass(frozen=True)
+class Resampled:
+    """A value in percent, and its values on resampled prompts: float64 `[rounds]`, or None if not meaningful."""
+
+    value: float | None
+    drawn: np.ndarray | None
 
 
-def read_images(judged: list[Path], scored: list[Path], threshold: float) -> Images:
-    """The external judge's and a model's verdicts on the same images; UserError where they are not the same images."""
-    prompt = {row["candidate_id"]: row["prompt_id"] for row in manifests.read_rows(judged, "scores")}
-    images = Images(prompt, verdicts(judged, 0.5), verdicts(scored, threshold))
-    if images.judge.keys() != images.und.keys():
-        raise UserError(f"{scored[0]}: scores other images than {judged[0]}; give the manifests of one image set")
-    return images
+class Difference(TypedDict):
+    """A difference with its 95 % interval, as columns of the metrics manifest."""
+
+    delta: float | None
+    delta_ci_low: float | None
+    delta_ci_high: float | None
 
 
-def count(prompts: list[dict[str, Any]], own: Images, base: Images, after: dict[str, bool | None]) -> dict[str, Counts]:
-    """Every metric as int64 `[2, 1, prompts]`. own: the model on its own images; base: the base model on its own;
-    after: the model's verdicts on the base model's images."""
-    if base.judge.keys() != after.keys():
-        raise UserError("--arm-scores-of-base: other images than --base-verdicts; score the base model's images again")
+class Summary(Difference):
+    """A category's metric with its 95 % interval and its difference from base, as columns of the metrics manifest."""
+
+    value: float | None
+    prompts: int
+    numerator: float
+    denominator: int
+    ci_low: float | None
+    ci_high: float | None
+
+
+# Reading
+
+
+def own_verdicts(scores: list[Path]) -> dict[str, bool | None]:
+    """Return a model's verdicts by candidate_id, as stages.score recorded them."""
+    return {row["candidate_id"]: row["verdict"] for row in manifests.read_rows(scores, "scores")}
+
+
+def external_verdicts(verdicts: list[Path]) -> dict[str, dict[str, Verdict]]:
+    """Return the verdicts of all external judges in the manifests: judge -> candidate_id -> verdict."""
+    found: dict[str, dict[str, Verdict]] = {}
+    for row in manifests.read_rows(verdicts, "verdicts"):
+        found.setdefault(row["judge"], {})[row["candidate_id"]] = Verdict(row["verdict"], row["score"])
+    return found
+
+
+def read_images(scores: list[Path], verdicts: list[Path]) -> Images:
+    """Return one checkpoint's images: the model's own verdicts on them, and those of all external judges."""
+    rows = manifests.read_rows(scores, "scores")
+    return Images(
+        prompt={row["candidate_id"]: row["prompt_id"] for row in rows},
+        own={row["candidate_id"]: row["verdict"] for row in rows},
+        neither={row["candidate_id"]: row["p_neither"] for row in rows},
+        external=external_verdicts(verdicts),
+    )
+
+
+def require_complete(images: Images, judges: Judges, category_of: Mapping[str, str], option: str, whose: str) -> None:
+    """Raise UserError unless the judges have judged all images that they measure, and no images of another set.
+
+    category_of: prompt_id -> category. option, whose: the names of the verdicts and of the images in the messages.
+    """
+    wanted: dict[str, set[str]] = {judges.judge: set(images.prompt)} if judges.judge else {}
+    for candidate, prompt in images.prompt.items():
+        if prompt not in category_of:
+            raise UserError(
+                f"--prompts: prompt_id {prompt} of {whose} images is not there; give the prompt manifest of these images"
+            )
+        if scorer := judges.scorer(category_of[prompt]):
+            wanted.setdefault(scorer, set()).add(candidate)
+    for judge, candidates in wanted.items():
+        judged = images.external.setdefault(judge, {}).keys()
+        if missing := candidates - judged:
+            raise UserError(
+                f"{option}: the judge {judge} has no row for {len(missing)} of the {len(candidates)} {whose} images that it "
+                f"measures, for example {min(missing)}; give all its manifests of this image set, or judge it again"
+            )
+        if other := judged - images.prompt.keys():
+            raise UserError(
+                f"{option}: the judge {judge} has verdicts on {len(other)} images that are not in the scores of {whose} "
+                f"images, for example {min(other)}; give the manifests of one image set"
+            )
+
+
+# Counting: an image's contribution to a metric, from 0 to 1, or None if the image does not count
+
+
+@dataclass(frozen=True)
+class OwnImage:
+    """All verdicts on one of the model's own images. judge and scorer are None if the benchmark has none."""
+
+    own: bool | None
+    neither: float | None
+    judge: Verdict | None
+    scorer: Verdict | None
+
+
+@dataclass(frozen=True)
+class BaseImage:
+    """The verdicts of the external judge, the base model and the trained model on one of the base model's images."""
+
+    judge: bool | None
+    base: bool | None
+    trained: bool | None
+
+    def readable(self) -> bool:
+        return None not in (self.judge, self.base, self.trained)
+
+
+def gen(image: OwnImage) -> float | None:
+    return image.scorer.grade if image.scorer else None
+
+
+def non(image: OwnImage) -> float | None:
+    return None if image.own is None else not image.own
+
+
+def weak_generation(image: OwnImage) -> float | None:
+    if image.own is not False or image.judge is None or image.judge.matches is None:
+        return None
+    return not image.judge.matches
+
+
+def judge_on_own(image: OwnImage) -> float | None:
+    return agreement(image.own, image.judge.matches if image.judge else None)
+
+
+def own_unreadable(image: OwnImage) -> float | None:
+    return image.own is None
+
+
+def judge_unreadable(image: OwnImage) -> float | None:
+    return image.judge.grade is None if image.judge else None
+
+
+def scorer_unreadable(image: OwnImage) -> float | None:
+    return image.scorer.grade is None if image.scorer else None
+
+
+def neither(image: OwnImage) -> float | None:
+    return image.neither
+
+
+def und(image: BaseImage) -> float | None:
+    return image.trained == image.judge if image.readable() and image.base != image.trained else None
+
+
+def false_positive_fixed(image: BaseImage) -> float | None:
+    return image == BaseImage(judge=False, base=True, trained=False) if image.readable() else None
+
+
+def true_positive_broken(image: BaseImage) -> float | None:
+    return image == BaseImage(judge=True, base=True, trained=False) if image.readable() else None
+
+
+def judge_on_base(image: BaseImage) -> float | None:
+    return agreement(image.trained, image.judge)
+
+
+def agreement(one: bool | None, other: bool | None) -> bool | None:
+    """Return whether two verdicts agree, or None if one of them could not be read."""
+    return None if one is None or other is None else one == other
+
+
+ON_OWN: dict[str, Callable[[OwnImage], float | None]] = {
+    "gen": gen,
+    "non": non,
+    "weak_generation": weak_generation,
+    "judge_on_own": judge_on_own,
+    "own_unreadable": own_unreadable,
+    "judge_unreadable": judge_unreadable,
+    "scorer_unreadable": scorer_unreadable,
+    "neither": neither,
+}
+ON_BASE: dict[str, Callable[[BaseImage], float | None]] = {
+    "und": und,
+    "und_paper": und,
+    "false_positive_fixed": false_positive_fixed,
+    "true_positive_broken": true_positive_broken,
+    "judge_on_base": judge_on_base,
+}
+
+
+def count(
+    prompts: Sequence[Mapping[str, Any]], judges: Judges, own: Images, base: Images, trained: Mapping[str, bool | None]
+) -> dict[str, Counts]:
+    """Return the counts of every metric that these judges can measure, each float64 `[2, 1, prompts]` (see `Counts`).
+
+    own: the model's images. base: the base model's images. trained: the model's verdicts on the base model's images.
+    """
+    category_of = {row["prompt_id"]: row["category"] for row in prompts}
+    require_complete(own, judges, category_of, "--verdicts", "the arm's")
+    require_complete(base, judges, category_of, "--base-verdicts", "the base model's")
+    if base.prompt.keys() != trained.keys():
+        raise UserError("--arm-scores-of-base: not the images of --base-scores; score the base model's images again")
+
+    own_images: dict[str, OwnImage] = {}
+    for name, prompt in own.prompt.items():
+        scorer = judges.scorer(category_of[prompt])
+        judged, scored = (own.external[judge][name] if judge else None for judge in (judges.judge, scorer))
+        own_images[name] = OwnImage(own.own[name], own.neither[name], judged, scored)
+    base_images: dict[str, BaseImage] = {}
+    for name in base.prompt:
+        matches = base.external[judges.judge][name].matches if judges.judge else None
+        base_images[name] = BaseImage(matches, base.own[name], trained[name])
+
     place = {row["prompt_id"]: i for i, row in enumerate(prompts)}
-    unknown = next((prompt for images in (own, base) for prompt in images.prompt.values() if prompt not in place), None)
-    if unknown:
-        raise UserError(
-            f"--prompts: prompt_id {unknown} of the verdicts is not in the manifest; give the one they were drawn for"
-        )
-    Test = Callable[[str], bool]
 
-    def tally(images: Images, counted: Test, among: Test) -> Counts:
-        counts = np.zeros((2, 1, len(prompts)), dtype=np.int64)
-        for candidate, prompt in images.prompt.items():
-            if among(candidate):
-                counts[:, 0, place[prompt]] += (counted(candidate), 1)
+    def tally(images: Images, values: Iterable[tuple[str, float | None]]) -> Counts:
+        counts = np.zeros((2, 1, len(prompts)))
+        for candidate, value in values:
+            if value is not None:
+                counts[:, 0, place[images.prompt[candidate]]] += (value, 1)
         return counts
 
-    non = tally(own, lambda c: own.und[c] is False, lambda c: own.und[c] is not None)
-    if all(verdict is None for verdict in base.judge.values()):
-        return {"non": non}
-
-    def readable(candidate: str) -> bool:
-        return base.und[candidate] is not None and after[candidate] is not None
-
-    def turned(judge: bool) -> Test:
-        return lambda c: (base.judge[c], base.und[c], after[c]) == (judge, True, False)
-
-    return {
-        "gen": tally(own, lambda c: own.judge[c] is True, lambda c: True),
-        "non": non,
-        "weak_generation": tally(own, lambda c: own.judge[c] is False, lambda c: own.und[c] is False),
-        "und": tally(base, lambda c: after[c] == base.judge[c], lambda c: readable(c) and base.und[c] != after[c]),
-        "false_positive_fixed": tally(base, turned(False), readable),
-        "true_positive_broken": tally(base, turned(True), readable),
-        "judge_on_base": tally(base, lambda c: after[c] == base.judge[c], lambda c: after[c] is not None),
-        "judge_on_own": tally(own, lambda c: own.und[c] == own.judge[c], lambda c: own.und[c] is not None),
-    }
+    counted = {name: tally(own, ((c, value(image)) for c, image in own_images.items())) for name, value in ON_OWN.items()}
+    counted |= {name: tally(base, ((c, value(image)) for c, image in base_images.items())) for name, value in ON_BASE.items()}
+    return {name: counts for name, counts in counted.items() if judges.measure(name)}
 
 
-def groups_of(prompts: list[dict[str, Any]]) -> dict[str, list[np.ndarray]]:
-    """Category -> the groups of prompt positions whose shares are averaged; overall: every category's."""
-    categories = [row["category"] for row in prompts]
-    members = {name: [np.flatnonzero(np.array(categories) == name)] for name in sorted(set(categories))}
+def groups_of(prompts: Sequence[Mapping[str, Any]]) -> dict[str, list[np.ndarray]]:
+    """Return, by category, groups of prompt indices; a metric is the mean over groups. `overall` has one group per category."""
+    categories = np.array([row["category"] for row in prompts])
+    members = {str(name): [np.flatnonzero(categories == name)] for name in sorted(set(categories))}
     return members | {"overall": [group for part in members.values() for group in part]}
 
 
+# Summarising
+
+
+def empty_group(metric: str) -> float:
+    """Return the percentage that a group with denominator 0 counts as; NaN leaves the group out."""
+    return DRAW if metric == "und_paper" else float("nan")
+
+
 def share(metric: str, counts: Counts, groups: list[np.ndarray]) -> float | None:
-    """100 x the mean over groups of numerator / denominator; groups without a denominator are left out."""
+    """Return the mean over groups of 100 x numerator / denominator, or None if no group has a value."""
     parts = [counts[:, :, group].sum((1, 2)) for group in groups]
-    shares = [numerator / denominator for numerator, denominator in parts if denominator]
-    if not shares:
-        return 50.0 if metric == "und" else None
-    return 100 * float(np.mean(shares))
+    shares = [100 * top / bottom if bottom else empty_group(metric) for top, bottom in parts]
+    known = [part for part in shares if not np.isnan(part)]
+    return float(np.mean(known)) if known else None
 
 
-def resample(counts: Counts, groups: list[np.ndarray], rounds: int, seed: int) -> np.ndarray:
-    """`share` on resampled prompts (within groups) and, where there are several, resampled runs: float64 `[rounds]`.
+def resample(metric: str, counts: Counts, groups: list[np.ndarray], rounds: int, seed: int) -> np.ndarray:
+    """Return bootstrap values of `share`, float64 `[rounds]`, from resampled prompts and, if there are several, resampled runs.
 
-    Images of one prompt stay together. Equal seeds draw equal resamples, so differences are paired. NaN where a resample
-    has no denominator in any group.
+    Prompts are resampled within groups, and the images of a prompt stay together. Equal seeds draw equal resamples, so
+    differences are paired. A value is NaN if the resample has no value in any group.
     """
     generator = np.random.default_rng(seed)
     runs = counts.shape[1]
     weights = generator.multinomial(runs, [1 / runs] * runs, size=rounds)  # [rounds, runs]
-    total, used = np.zeros(rounds), np.zeros(rounds)
+    shares = []
     for group in groups:
         picks = generator.multinomial(len(group), [1 / len(group)] * len(group), size=rounds)  # [rounds, prompts]
         numerator, denominator = np.einsum("rs,ksp,rp->kr", weights, counts[:, :, group], picks, optimize=True)
-        some = denominator > 0
-        total[some] += numerator[some] / denominator[some]
-        used += some
-    return 100 * np.divide(total, used, out=np.full(rounds, np.nan), where=used > 0)
+        missing = np.full(rounds, empty_group(metric) / 100)
+        shares.append(np.divide(numerator, denominator, out=missing, where=denominator > 0))
+    used = ~np.isnan(shares)
+    total = np.where(used, shares, 0).sum(0)
+    return 100 * np.divide(total, used.sum(0), out=np.full(rounds, np.nan), where=used.any(0))
 
 
 def interval(values: np.ndarray) -> tuple[float | None, float | None]:
-    """The central 95 % of resampled values; None where there are none."""
+    """Return the central 95 % interval of resampled values, or (None, None) if there are none."""
     values = values[~np.isnan(values)]
     return (float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))) if len(values) else (None, None)
 
 
-def summarise(metric: str, counts: Counts, base: Counts, groups: list[np.ndarray], rounds: int, seed: int) -> dict[str, Any]:
-    """value, numerator, denominator, interval, and the paired difference to base with its interval.
+def resamplable(counts: Counts, groups: list[np.ndarray]) -> bool:
+    """Return whether some group has at least two prompts with a denominator above 0.
 
-    und compares with the base model already: its difference is to 50, a draw.
+    Otherwise every resample of a group consists of the same prompt, and the interval has width 0 regardless of the true value.
     """
-    value, drawn = share(metric, counts, groups), resample(counts, groups, rounds, seed)
-    if metric == "und":
-        reference, drawn_reference = 50.0, np.full(rounds, 50.0)
+    return any((counts[1][:, group].sum(0) > 0).sum() >= 2 for group in groups)
+
+
+def resampling_seed(purpose: str, metric: str, category: str) -> int:
+    """Return the seed of a metric's resamples. All arms share it, so that they are paired, and so do und and und_paper."""
+    return hash_seed(purpose, metric.removesuffix("_paper"), category)
+
+
+def resampled(metric: str, counts: Counts, groups: list[np.ndarray], rounds: int, seed: int) -> Resampled:
+    """Return a metric's value and its resamples, if these are meaningful.
+
+    They are not meaningful if nothing can be resampled (see `resamplable`), or if all resamples of a win rate are equal,
+    because a few disagreements with the same outcome do not make the win rate certain.
+    """
+    drawn = resample(metric, counts, groups, rounds, seed) if resamplable(counts, groups) else None
+    if drawn is not None and metric in AGAINST_BASE and np.nanmin(drawn) == np.nanmax(drawn):
+        drawn = None
+    return Resampled(share(metric, counts, groups), drawn)
+
+
+def difference(one: Resampled, other: Resampled) -> Difference:
+    """Return the paired difference of two values, with its interval if both were resampled."""
+    low, high = (None, None) if one.drawn is None or other.drawn is None else interval(one.drawn - other.drawn)
+    delta = None if one.value is None or other.value is None else one.value - other.value
+    return {"delta": delta, "delta_ci_low": low, "delta_ci_high": high}
+
+
+def summarise(metric: str, counts: Counts, base: Counts, groups: list[np.ndarray], rounds: int, seed: int) -> Summary:
+    """Return a metric's value and interval, and its paired difference from base (from a draw for und and und_paper)."""
+    found = resampled(metric, counts, groups, rounds, seed)
+    if metric in AGAINST_BASE:
+        reference = Resampled(DRAW, np.full(rounds, DRAW))
     else:
-        reference, drawn_reference = share(metric, base, groups), resample(base, groups, rounds, seed)  # type: ignore[assignment]
-    low, high = interval(drawn)
-    delta_low, delta_high = interval(drawn - drawn_reference)
+        reference = resampled(metric, base, groups, rounds, seed)
+    low, high = (None, None) if found.drawn is None else interval(found.drawn)
     numerator, denominator = sum(counts[:, :, group].sum((1, 2)) for group in groups)
     return {
-        "value": value, "n": sum(len(group) for group in groups),
-        "numerator": int(numerator), "denominator": int(denominator), "ci_low": low, "ci_high": high,
-        "delta": None if value is None or reference is None else value - reference,
-        "delta_ci_low": delta_low, "delta_ci_high": delta_high,
-    }  # fmt: skip
+        "value": found.value,
+        "prompts": sum(len(group) for group in groups),
+        "numerator": float(numerator),
+        "denominator": int(denominator),
+        "ci_low": low,
+        "ci_high": high,
+        **difference(found, reference),
+    }

@@ -1,11 +1,12 @@
-"""Run a stage as several processes that work together: one for each GPU of a node, on one node or on many.
+"""Run a stage as several cooperating processes: one for each GPU, on one node or on several.
 
-torchrun starts and watches the processes. On several nodes one launcher runs on each, and all meet at the first node:
+torchrun starts and watches the processes. With several nodes, one launcher runs on each node, and they rendezvous at the first:
 
-- in a SLURM allocation the first launcher starts the others with `srun`, one a node, and takes the meeting point from the
-  allocation (`SLURM_JOB_ID`: of its variables the one that Snakemake's plugin leaves to the job's processes);
-- elsewhere the same command is started once on each node, with `MASTER_ADDR` and `MASTER_PORT` (the first node, the same
-  everywhere) and `NODE_RANK` (0 on the first node) in its environment.
+- In a SLURM allocation, the first launcher starts one launcher on each node with `srun` and derives address and port from the
+  allocation. It recognises an allocation by `SLURM_JOB_ID`, the only SLURM variable that Snakemake's plugin leaves to the
+  processes of a job.
+- Elsewhere, the user starts the same command once on each node. Its environment contains `MASTER_ADDR` and `MASTER_PORT`, which
+  name the first node and are the same everywhere, and `NODE_RANK`, which is 0 on the first node.
 """
 
 from __future__ import annotations
@@ -16,31 +17,35 @@ import signal
 import subprocess
 import sys
 
-from stages.common.runtime import UserError
+from stages.common.errors import UserError
+from stages.common.processes import command
 
-STOPPED = 75  # exit code of a stage that a signal stopped after it had saved: run it again (EX_TEMPFAIL of sysexits.h)
+STOPPED = 75  # exit code of a stage that saved and stopped on a signal; run it again (EX_TEMPFAIL of sysexits.h)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-PATIENCE = 600  # seconds that processes have to save after a stop signal before they are killed
+PATIENCE = 600  # seconds in which processes may save after a stop signal before they are killed
 
 
 def rank() -> int:
-    """This process's number among all; 0 where there is one."""
+    """Return the number of this process among all processes; 0 if there is only one."""
     return int(os.environ.get("RANK", 0))
 
 
 def local_rank() -> int | None:
-    """This process's number on its node, and so its GPU; None in a process that works alone."""
+    """Return the number of this process (and its GPU) on its node; None if no launcher started it."""
     return int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
 
 
 def launched(processes: int, nodes: int) -> None:
-    """Return in a process that a launcher has started; else start them all with this process's own command line, wait, and
-    exit as they did. Raises UserError where the nodes cannot meet."""
+    """Return at once in a process that a launcher has started; otherwise start all processes, wait, and exit.
+
+    The processes run this process's own command line, and their exit code becomes its own. Raises UserError when there is no
+    way to reach the other nodes.
+    """
     if local_rank() is not None:
         if int(os.environ["WORLD_SIZE"]) != processes * nodes:
             raise UserError(
                 f"{os.environ['WORLD_SIZE']} processes run, but train.gpus x train.nodes is {processes} x {nodes}; "
-                "start the stage itself, it starts its processes"
+                "run the stage without torchrun, because it starts its own processes"
             )
         return
     if nodes == 1 or "MASTER_ADDR" in os.environ:
@@ -50,19 +55,15 @@ def launched(processes: int, nodes: int) -> None:
     raise UserError(f"train.nodes is {nodes}: run in a SLURM allocation, or set MASTER_ADDR, MASTER_PORT and NODE_RANK")
 
 
-def command() -> list[str]:
-    """What follows `python` in this process's command line."""
-    stage = sys.modules["__main__"].__spec__
-    assert stage is not None, "a stage runs as python -m stages.<name>"
-    return ["-m", stage.name, *sys.argv[1:]]
-
-
 def asked(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def on_every_node(nodes: int) -> int:
-    """Start this command once on each node of the allocation; --overlap, since this process holds a step of it already."""
+    """Start this command once on each node of the allocation and return its exit code.
+
+    --overlap is needed because this process already occupies a step of the allocation.
+    """
     job = os.environ["SLURM_JOB_ID"]
     names = asked("squeue", "--noheader", "--format=%N", "--job", job).strip()
     first = asked("scontrol", "show", "hostnames", names).split()[0]
@@ -73,12 +74,13 @@ def on_every_node(nodes: int) -> int:
         ["srun", "--overlap", *tasks, sys.executable, *command()],
         env=os.environ | {"MASTER_ADDR": address.group(1) if address else first, "MASTER_PORT": str(port)},
     )
-    for number in STOP_SIGNALS:  # srun passes SIGUSR1 on; SIGTERM makes it kill its tasks
+    for number in STOP_SIGNALS:  # srun forwards SIGUSR1 to its tasks, but kills them on SIGTERM
         signal.signal(number, lambda *_: started.send_signal(signal.SIGUSR1))
     return abs(started.wait())
 
 
 def on_this_node(processes: int, nodes: int) -> int:
+    """Start this node's processes with torchrun and return their exit code."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
@@ -96,5 +98,5 @@ def on_this_node(processes: int, nodes: int) -> int:
         return STOPPED if stop.sigval in STOP_SIGNALS else 128 + stop.sigval
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
-        return code if code > 0 else 128 - code  # killed by a signal: as a shell reports it
+        return code if code > 0 else 128 - code  # killed by a signal: reported as a shell does
     return 0

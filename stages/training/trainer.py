@@ -1,4 +1,8 @@
-"""TRL's trainers as this project uses them: rows in the schedule's order, whole saves, and a stop that can be continued."""
+"""The trainers of this project: rows in the schedule's order, saves that are whole, and a stop that can be continued.
+
+Autoregressive families train with TRL's SFTTrainer and DPOTrainer, which compute the loss from token ids (`TokenRows`). Other
+families give a loss for each row, and `RowLossTrainer` averages it or makes a preference loss of it.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +14,32 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from stages.common.config import Train
-from stages.common.runtime import UserError, sync
+from stages.common.errors import UserError
+from stages.common.files import sync
+from stages.families.base import TrainingView
 from stages.families.tools.devices import peak_flops
 from stages.training.launch import STOP_SIGNALS, rank
 from stages.training.saves import PREFIX, saves, write_layout
 
-KEPT = 2  # saves; the older one is for a save that a failing disk has spoilt
+KEPT = 2  # saves; the older one is there in case a failing disk has spoilt the newer one
 FIRST_LOSS = {"sigmoid": lambda beta: math.log(2), "hinge": lambda beta: 1.0, "ipo": lambda beta: (0.5 / beta) ** 2}
 
 
 class Stop:
-    """Set by a stop signal from the moment this exists; the trainer saves and ends after the step it is in."""
+    """Notes a stop signal from the moment this object exists; the trainer saves and ends after the step that it is in."""
 
     def __init__(self) -> None:
         self.wanted = False
@@ -41,10 +50,12 @@ class Stop:
         self.wanted = True
 
 
-def trained(view: Any, settings: Train) -> tuple[str, ...]:
-    """Name prefixes of what trains: the wanted groups, less what no loss of this training reaches."""
-    groups = [*settings.trainable.split("+"), *(["text"] if settings.train_text else [])]
-    prefixes = [prefix for group in groups for prefix in view.groups[group]]
+# --- what trains -----------------------------------------------------------------------------------------------------
+
+
+def trained(view: TrainingView, settings: Train) -> tuple[str, ...]:
+    """Return name prefixes of the parameters that train: the wanted groups without what no loss of this training reaches."""
+    prefixes = [prefix for group in settings.trainable.split("+") for prefix in view.groups[group]]
     return tuple(prefix for prefix in prefixes if settings.judge_anchor_weight or prefix not in view.judge_only)
 
 
@@ -55,14 +66,18 @@ def freeze(model: torch.nn.Module, prefixes: tuple[str, ...]) -> None:
 
 
 def lora(model: torch.nn.Module, prefixes: tuple[str, ...], settings: Train) -> Any:
+    """Return peft's configuration for adapters on every linear layer with one of these prefixes."""
     from peft import LoraConfig
 
     linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and name.startswith(prefixes)]
     return LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=linear)
 
 
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
 def deepspeed_config(settings: Train, cpu: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration; what says "auto" the trainer fills in from its own arguments."""
+    """Return DeepSpeed's configuration. The trainer fills in what says "auto" from its own arguments."""
     zero: dict[str, Any] = {"stage": settings.zero_stage}
     memory = {"device": "cpu", "pin_memory": not cpu}
     if settings.offload:
@@ -76,17 +91,17 @@ def deepspeed_config(settings: Train, cpu: bool) -> dict[str, Any]:
 
 
 def join(cpu: bool) -> None:
-    """Meet the other processes, for DeepSpeed."""
+    """Join the other processes of a DeepSpeed training."""
     import deepspeed
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of what DeepSpeed calls
-    if cpu:  # or a shared-memory operation is compiled at first use, for minutes; without it gloo does its work
+    if cpu:  # otherwise a shared-memory operation is compiled at first use, for minutes; without it gloo does its work
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo" if cpu else "nccl", verbose=False)
 
 
 def leave() -> None:
-    """Part from the other processes, if there are any."""
+    """Leave the group of processes, if there is one."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -94,8 +109,10 @@ def leave() -> None:
 
 @contextmanager
 def whole_model(trainer: Any) -> Iterator[None]:
-    """Within, the trained model is as it will be used: weights that ZeRO-3 spread are together, LoRA is part of them, and
-    all have the type in which the model was loaded."""
+    """While the context is open, the trained model is as it will be used, so that the family's `save` writes it.
+
+    ZeRO-3 shards are gathered, LoRA adapters are merged, and all weights have the type in which the model was loaded.
+    """
     model, gathered = trainer.accelerator.unwrap_model(trainer.model), nullcontext()
     if trainer.settings.deepspeed and trainer.settings.zero_stage == 3:
         import deepspeed
@@ -111,22 +128,18 @@ def whole_model(trainer: Any) -> Iterator[None]:
         yield
 
 
-class Watch(TrainerCallback):
-    """Ends a training that is broken or has a successor, saves when it is time, and tells how fast it goes."""
+# --- while it trains -------------------------------------------------------------------------------------------------
 
-    def __init__(
-        self,
-        settings: Train,
-        stop: Stop,
-        held: Callable[[], None],
-        schedule: Path,
-        flops: Callable[[float], float],
-        length: float,
-    ) -> None:
+
+class StopSaveLog(TrainerCallback):
+    """Stops the training when a signal asks for it, when another process has taken over or when the loss is not finite; saves
+    at time intervals; and prints a line for every step with the speed."""
+
+    def __init__(self, settings: Train, stop: Stop, held: Callable[[], None], schedule: Path, row_flops: float) -> None:
+        """held raises when another process has taken over. row_flops: of one row's forward pass."""
         self.settings, self.stop, self.held, self.schedule = settings, stop, held, schedule
-        self.flops = flops(length) / length * (2 if settings.lora_rank else 3)  # a token, forward and backward
+        self.step_flops = row_flops * settings.batch_size * (2 if settings.lora_rank else 3)  # forward and backward
         self.saved = self.logged = time.monotonic()
-        self.tokens = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.held()
@@ -148,25 +161,26 @@ class Watch(TrainerCallback):
         if "loss" not in logs:
             return
         for name in ("loss", "grad_norm"):
-            if not math.isfinite(logs.get(name, 0.0)):  # DeepSpeed tells no norm at stage 0
+            if not math.isfinite(logs.get(name, 0.0)):  # DeepSpeed reports no norm at stage 0
                 raise UserError(
                     f"{self.schedule}: {name} at step {state.global_step} is not finite; lower train.learning_rate, or delete "
-                    f"{args.output_dir} to start over at the base model"
+                    f"{args.output_dir} to start over from the base model"
                 )
         now = time.monotonic()
-        speed = (logs["num_tokens"] - self.tokens) / (now - self.logged)
-        self.tokens, self.logged = logs["num_tokens"], now
+        steps_per_second = 1 / max(now - self.logged, 1e-9)
+        self.logged = now
         if rank() == 0:
             peak = peak_flops(torch.cuda.get_device_name()) if args.device.type == "cuda" else None
-            share = f", {speed * self.flops / peak / args.world_size:.1%} of peak" if peak else ""
+            share = f", {self.step_flops * steps_per_second / peak / args.world_size:.1%} of peak" if peak else ""
             shown = "".join(
                 f", {name} {logs[name]:.4g}" for name in ("loss", "rewards/margins", "judge_anchor") if name in logs
             )
-            print(f"step {state.global_step} of {state.max_steps}{shown}, {speed:,.0f} tokens/s{share}", flush=True)
+            speed = self.settings.batch_size * steps_per_second
+            print(f"step {state.global_step} of {state.max_steps}{shown}, {speed:,.1f} rows/s{share}", flush=True)
 
 
-class Whole:
-    """A save exists whole or not at all: it is written under another name, synced and renamed."""
+class AtomicSaves:
+    """A mixin for Trainer: a save exists whole or not at all. It is written under another name, synced and renamed."""
 
     args: Any
     state: Any
@@ -181,7 +195,7 @@ class Whole:
         """stages.train writes its own."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.is_deepspeed_enabled:  # its own save holds the weights
+        if self.is_deepspeed_enabled:  # DeepSpeed's own save holds the weights
             Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
         else:
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
@@ -214,8 +228,11 @@ class Whole:
         self.accelerator.wait_for_everyone()
 
 
-class InOrder(Whole):
-    """The order of the rows is the schedule's, not the sampler's; and each row may bring a judgement to keep."""
+class ScheduledRows(AtomicSaves):
+    """A mixin for Trainer: the schedule determines the order of the rows, and each row may bring a judgement to keep.
+
+    anchor: from the trainer's model and the indices of judgements to the cross-entropy between them and the model's own.
+    """
 
     anchor: Callable[[Any, list[int]], torch.Tensor] | None = None
     current_gradient_accumulation_steps: int
@@ -226,65 +243,131 @@ class InOrder(Whole):
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         rows = inputs.pop("anchor", None)
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        loss = self.row_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.anchor is None:
             return loss
         anchor = self.anchor(model, rows.tolist())
         self._metrics["train"]["judge_anchor"].append(self.accelerator.gather(anchor.detach()).mean().item())
-        # SFT's loss is a share of the whole batch's already, DPO's is divided by the trainer
+        # SFT's loss is already a share of the whole batch's; the other losses are divided by the trainer afterwards
         parts = self.current_gradient_accumulation_steps if isinstance(self, SFTTrainer) else 1
         return loss + self.settings.judge_anchor_weight * anchor / parts
 
+    def row_loss(self, model: Any, inputs: Any, return_outputs: bool, num_items_in_batch: Any) -> Any:
+        """Return the loss of the images, without the anchor."""
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
 
-class InOrderSFT(InOrder, SFTTrainer):
-    pass
+    def require_equal_models(self, preference_loss: torch.Tensor) -> None:
+        """Raise UserError unless the first preference loss is that of two equal models (ln 2 for the sigmoid loss)."""
+        if self.state.global_step > 0:
+            return
+        settings = self.settings
+        found = self.accelerator.gather(preference_loss.detach()).mean().item()
+        expected = FIRST_LOSS[settings.dpo_loss](settings.beta)
+        rounding = 0.05 + settings.beta / 4 if self.args.bf16 else 1e-3  # bfloat16: half a nat of an image's sum
+        if abs(found - expected) > rounding * max(1.0, expected):
+            raise UserError(
+                f"the first {settings.dpo_loss} loss of DPO is {found:.4f}, and between equal models it is {expected:.4f} "
+                "(ln 2 for sigmoid): the schedule's reference log-probabilities are not the base model's; "
+                "delete the reference manifests and run again"
+            )
 
 
-class InOrderDPO(InOrder, DPOTrainer):
+class TokenSFT(ScheduledRows, SFTTrainer):
+    """TRL's SFT on token ids."""
+
+
+class TokenDPO(ScheduledRows, DPOTrainer):
+    """TRL's DPO on token ids, with the reference log-probabilities that the schedule holds."""
+
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
-        return dataset  # ids already
+        return dataset  # it holds ids already
 
     def _precompute_ref_logps(self, dataset: Any, *_: Any, **__: Any) -> Any:
-        return dataset  # computed by stages.reference
+        return dataset  # stages.reference has computed them
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        """TRL's loss, the chosen images' NLL a token beside it; the first preference loss must be that of equal models."""
-        settings = self.settings
         length = inputs["completion_mask"].chunk(2)[0].sum(1).float().mean().item()
         loss = super()._compute_loss(model, inputs, return_outputs)
         nll = -self._metrics["train"]["logps/chosen"][-1] / length
         self._metrics["train"]["nll"].append(nll)
-        if self.state.global_step == 0:
-            found = self.accelerator.gather(loss.detach()).mean().item() - settings.nll_weight * nll
-            expected = FIRST_LOSS[settings.dpo_loss](settings.beta)
-            rounding = 0.05 + settings.beta / 4 if self.args.bf16 else 1e-3  # bfloat16: half a nat of an image's sum
-            if abs(found - expected) > rounding * max(1.0, expected):
-                raise UserError(
-                    f"the first {settings.dpo_loss} loss of DPO is {found:.4f}, and between equal models it is {expected:.4f} "
-                    "(ln 2 for sigmoid): the schedule's reference log-probabilities are not the base model's; "
-                    "delete the reference manifests and run again"
-                )
+        self.require_equal_models(loss - self.settings.nll_weight * nll)
         return loss
 
 
-def make_trainer(
-    view: Any,
-    rows: Any,
-    settings: Train,
-    work: Path,
-    steps: int,
-    seed: int,
-    dpo: bool,
-    watch: Watch,
-    anchor: Callable[[Any, list[int]], torch.Tensor] | None,
-) -> Any:
-    """A trainer over `rows` in their order. anchor: from the trainer's model and the rows' `anchor` column to a loss."""
-    cpu = view.model.device.type == "cpu"
-    if cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or accelerate's import of DeepSpeed looks for one and warns
-    shared: dict[str, Any] = {
-        "output_dir": str(work),
-        "max_steps": steps,
+class RowLossTrainer(ScheduledRows, Trainer):
+    """SFT and DPO on the losses that a family gives for each row (`TrainingView.losses`).
+
+    The preference loss is DPO's (arXiv 2305.18290) with `-RowLosses.preference` in the place of log-likelihoods, which is
+    Diffusion-DPO (arXiv 2311.12908) for a family whose loss is a denoising error. Chosen and rejected go through one forward
+    pass with equal seeds, and the reference was computed for the same seeds.
+    """
+
+    losses: Callable[..., Any]
+    dpo: bool
+
+    def row_loss(self, model: Any, inputs: Any, return_outputs: bool, num_items_in_batch: Any) -> Any:
+        found = self.losses(model, inputs["prompts"], inputs["pictures"], inputs["seeds"])
+        if not self.dpo:
+            return found.sft.mean()
+        chosen, rejected = (-found.preference).float().chunk(2)
+        nll = found.sft.chunk(2)[0].float().mean()
+        reference_chosen, reference_rejected = inputs["reference_chosen"], inputs["reference_rejected"]
+        margin = (chosen - reference_chosen) - (rejected - reference_rejected)
+        preference = preference_loss(margin, self.settings).mean()
+        self.require_equal_models(preference)
+        for name, values in {
+            "nll": nll,
+            "logps/chosen": chosen.mean(),
+            "logps/rejected": rejected.mean(),
+            "rewards/margins": self.settings.beta * margin.mean(),
+            "rewards/accuracies": (margin > 0).float().mean(),
+        }.items():
+            self._metrics["train"][name].append(self.accelerator.gather(values.detach()).mean().item())
+        return preference + self.settings.nll_weight * nll
+
+    def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
+        means = {name: float(np.mean(values)) for name, values in self._metrics["train"].items() if values}
+        self._metrics["train"].clear()
+        super().log(logs | means, *arguments, **keywords)
+
+
+def preference_loss(margin: torch.Tensor, settings: Train) -> torch.Tensor:
+    """Return the preference loss of each margin, policy minus reference, chosen minus rejected."""
+    if settings.dpo_loss == "sigmoid":
+        return -F.logsigmoid(settings.beta * margin)
+    if settings.dpo_loss == "hinge":
+        return torch.relu(1 - settings.beta * margin)
+    return (margin - 0.5 / settings.beta) ** 2
+
+
+# --- putting it together ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """One training.
+
+    rows: the schedule's rows in order, as `stages.training.rows` makes them for this view. work: the folder of the saves.
+    steps: the last optimizer step. anchor: see `ScheduledRows`; its rows have a column "anchor" with an index.
+    """
+
+    view: TrainingView
+    rows: Any
+    settings: Train
+    work: Path
+    steps: int
+    seed: int
+    dpo: bool
+    callback: StopSaveLog
+    anchor: Callable[[Any, list[int]], torch.Tensor] | None = None
+
+
+def trainer_arguments(job: Job, cpu: bool, bf16: bool) -> dict[str, Any]:
+    """Return the arguments that all trainers share."""
+    settings = job.settings
+    return {
+        "output_dir": str(job.work),
+        "max_steps": job.steps,
         "per_device_train_batch_size": settings.micro_batch_size,
         "gradient_accumulation_steps": settings.accumulation(),
         "learning_rate": settings.learning_rate,
@@ -297,26 +380,24 @@ def make_trainer(
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # a broken loss must be seen
         "report_to": [],
-        "seed": seed,
-        "data_seed": seed,
+        "seed": job.seed,
+        "data_seed": job.seed,
         "use_cpu": cpu,
-        "bf16": view.model.dtype == torch.bfloat16,
+        "bf16": bf16,
         "activation_checkpointing": settings.gradient_checkpointing,
-        "max_length": None,
         "remove_unused_columns": False,
         "dataloader_pin_memory": not cpu,
         "disable_tqdm": not os.isatty(2),
         "deepspeed": deepspeed_config(settings, cpu) if settings.deepspeed else None,
     }
-    prefixes = trained(view, settings)
-    adapters = lora(view.model, prefixes, settings) if settings.lora_rank else None
-    freeze(view.model, prefixes)
-    if shared["bf16"] and not settings.deepspeed:  # DeepSpeed keeps float32 weights for the optimizer, torch does not
-        for parameter in view.model.parameters():
-            if parameter.requires_grad and adapters is None:
-                parameter.data = parameter.data.float()
-    kind: Any = InOrderDPO if dpo else InOrderSFT
-    if dpo:
+
+
+def token_trainer(job: Job, shared: dict[str, Any], adapters: Any) -> Any:
+    """Return TRL's trainer for a family with `TokenRows`."""
+    settings = job.settings
+    shared = shared | {"max_length": None}
+    if job.dpo:
+        kind: Any = TokenDPO
         arguments = DPOConfig(
             **shared,
             beta=settings.beta,
@@ -325,18 +406,61 @@ def make_trainer(
             precompute_ref_log_probs=True,
         )
     else:
-        arguments = SFTConfig(**shared, dataset_kwargs={"skip_prepare_dataset": True})
-    trainer = kind(
-        model=view.model,
+        kind, arguments = TokenSFT, SFTConfig(**shared, dataset_kwargs={"skip_prepare_dataset": True})
+    assert job.view.token_rows is not None
+    return kind(
+        model=job.view.model,
         args=arguments,
-        train_dataset=rows,
-        processing_class=view.tokenizer,
+        train_dataset=job.rows,
+        processing_class=job.view.token_rows.tokenizer,
         peft_config=adapters,
-        callbacks=[watch],
+        callbacks=[job.callback],
     )
+
+
+def row_loss_trainer(job: Job, shared: dict[str, Any], adapters: Any) -> Any:
+    """Return the trainer for a family that gives a loss for each row."""
+    model = job.view.model
+    if adapters is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, adapters)  # type: ignore[arg-type]
+    trainer = RowLossTrainer(
+        model=model,
+        args=TrainingArguments(**shared),
+        train_dataset=job.rows,
+        data_collator=job.rows.collate,
+        callbacks=[job.callback],
+    )
+    trainer.losses, trainer.dpo = job.view.losses, job.dpo  # type: ignore[assignment]
+    trainer.model_accepts_loss_kwargs = False  # the losses are means over rows
+    trainer._metrics = {"train": _Lists()}
+    return trainer
+
+
+class _Lists(dict[str, list[float]]):
+    def __missing__(self, name: str) -> list[float]:
+        return self.setdefault(name, [])
+
+
+def make_trainer(job: Job) -> Any:
+    """Return a trainer over the job's rows in their order."""
+    parameter = next(job.view.model.parameters())
+    cpu, bf16 = parameter.device.type == "cpu", parameter.dtype == torch.bfloat16
+    if cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or accelerate's import of DeepSpeed looks for one and warns
+    shared = trainer_arguments(job, cpu, bf16)
+    prefixes = trained(job.view, job.settings)
+    adapters = lora(job.view.model, prefixes, job.settings) if job.settings.lora_rank else None
+    freeze(job.view.model, prefixes)
+    if bf16 and not job.settings.deepspeed:  # DeepSpeed keeps float32 weights for the optimizer, torch does not
+        for weight in job.view.model.parameters():
+            if weight.requires_grad and adapters is None:
+                weight.data = weight.data.float()
+    trainer = (token_trainer if job.view.token_rows else row_loss_trainer)(job, shared, adapters)
     trainer.remove_callback(PrinterCallback)
-    trainer.settings, trainer.anchor = settings, anchor
-    if anchor is not None:
+    trainer.settings, trainer.anchor = job.settings, job.anchor
+    if job.anchor is not None:
         collate = trainer.data_collator
 
         def with_anchor(batch: list[dict[str, Any]]) -> dict[str, Any]:

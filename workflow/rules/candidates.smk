@@ -1,13 +1,15 @@
 """Candidates: a checkpoint draws N images for each prompt of a set, shard by shard.
 
-The base model's candidates, the replay of a discard pool and the evaluation's images are this one rule.
+This rule draws the base model's candidates, the replay of a discard pool and the images of benchmarks.
 """
 
 
 rule generate:
     input:
         prompts=prompt_manifest,
-        checkpoint=lambda wildcards: checkpoint_files(wildcards.node),
+        checkpoint=lambda wildcards: checkpoint_files(wildcards.node, "draw"),
+        # `ancient`: the check must run first, but a repeated check, after a benchmark was added, re-draws nothing.
+        checked=ancient(f"{RUN}/prompts/sets.parquet"),
     output:
         manifest=f"{RUN}/{{node}}/candidates/{{set}}/{{shard}}.parquet",
         images=f"{RUN}/{{node}}/candidates/{{set}}/{{shard}}.tar",
@@ -15,23 +17,22 @@ rule generate:
         f"{RUN}/logs/generate/{{node}}.{{set}}.{{shard}}.log",
     benchmark:
         f"{RUN}/benchmarks/generate/{{node}}.{{set}}.{{shard}}.jsonl"
-    wildcard_constraints:
-        set="train|evaluation|replay",
     conda:
         "../../envs/models.yaml"
     threads: 1
     resources:
         gpu=GPUS,
         mem_mb=megabytes(2),
-        runtime=minutes("draw", shard_images),
+        runtime=minutes_for("draw", shard_images),
     params:
-        code=code("stages.generate", FAMILY),
+        code=code("stages.generate", mentioned=USES),
         config=CONFIG,
-        checkpoint=lambda wildcards, input: Path(input.checkpoint[0]).parent,
+        checkpoint=lambda wildcards: checkpoint_folder(wildcards.node),
         candidates=images_per_prompt,
-        # An arm's replay is a round of its own, so that it does not repeat the seeds of the first one.
+        # A replay is a separate round, so that it does not reuse the seeds of round 0.
         round=lambda wildcards: NODES[wildcards.node].epoch if wildcards.set == "replay" else 0,
-        settings=settings.generate.model_dump(exclude={"candidates", "batch_size"}),
+        sampling=read_by("stages.generate", settings.sampling()),
+        shards=len(SHARDS),
         model=MODEL,
         seed=settings.seed,
     message:
@@ -40,10 +41,10 @@ rule generate:
         "python -m stages.generate"
         " --config {params.config:q}"
         " --prompts {input.prompts:q}"
-        " --shard $((10#{wildcards.shard}))/{params.settings[shards]}"
+        " --shard $((10#{wildcards.shard}))/{params.shards}"
         " --checkpoint {params.checkpoint:q}"
         " --candidates {params.candidates}"
         " --round {params.round}"
         " --out {output.manifest:q}"
         " --images {output.images:q}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | logged {log:q}"

@@ -1,18 +1,21 @@
-"""Evaluation: images of the held-out prompts, judged by the model itself and by the external judge, are counted."""
+"""Evaluation: compute the metrics of each benchmark from the verdicts of the model itself and of external judges."""
 
 
 rule evaluate:
     input:
-        prompts=f"{RUN}/prompts/evaluation.parquet",
-        verdicts=lambda wildcards: shard_files(wildcards.node, "verdicts", "evaluation"),
-        scores=lambda wildcards: shard_files(wildcards.node, "scores", "evaluation"),
-        base_verdicts=shard_files("base", "verdicts", "evaluation"),
-        base_scores=shard_files("base", "scores", "evaluation"),
-        arm_scores_of_base=scores_of_base,
+        prompts=f"{RUN}/prompts/{{benchmark}}.parquet",
+        verdicts=lambda wildcards: verdict_files(wildcards.node, wildcards.benchmark),
+        scores=lambda wildcards: shard_files(wildcards.node, "scores", wildcards.benchmark),
+        base_verdicts=lambda wildcards: verdict_files("base", wildcards.benchmark),
+        base_scores=lambda wildcards: shard_files("base", "scores", wildcards.benchmark),
+        # The base model's verdicts on its own images are its scores.
+        arm_scores_of_base=lambda wildcards: shard_files(
+            wildcards.node, "scores" if wildcards.node == "base" else "scores-of-base", wildcards.benchmark
+        ),
     output:
-        f"{RUN}/{{node}}/metrics.parquet",
+        f"{RUN}/{{node}}/metrics/{{benchmark}}.parquet",
     log:
-        f"{RUN}/logs/evaluate/{{node}}.log",
+        f"{RUN}/logs/evaluate/{{node}}.{{benchmark}}.log",
     conda:
         "../../envs/light.yaml"
     resources:
@@ -20,13 +23,16 @@ rule evaluate:
     params:
         code=code("stages.evaluate"),
         config=CONFIG,
-        settings=settings.evaluate.model_dump(exclude={"images_per_prompt"}),
+        settings=read_by("stages.evaluate", settings.evaluate),
+        judge=lambda wildcards: settings.benchmarks[wildcards.benchmark].judge,
+        scorers=lambda wildcards: settings.scorers(wildcards.benchmark),
         seed=settings.seed,
     message:
-        "Evaluation: {wildcards.node}"
+        "Evaluation: {wildcards.node} on {wildcards.benchmark}"
     shell:
         "python -m stages.evaluate"
         " --config {params.config:q}"
+        " --benchmark {wildcards.benchmark}"
         " --arm {wildcards.node}"
         " --prompts {input.prompts:q}"
         " --verdicts {input.verdicts:q}"
@@ -35,4 +41,4 @@ rule evaluate:
         " --base-scores {input.base_scores:q}"
         " --arm-scores-of-base {input.arm_scores_of_base:q}"
         " --out {output:q}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | logged {log:q}"

@@ -1,10 +1,10 @@
-"""Pairs: verdicts become SFT rows or DPO pairs, and prompts without an accepted candidate the discard pool."""
+"""Pairs: select SFT rows or DPO pairs by the verdicts. Prompts without an accepted candidate form the discard pool."""
 
 
 rule pairs:
     input:
         candidates=shard_files("base", "candidates", "train"),
-        scores=lambda wildcards: shard_files("base", judgements(wildcards.arm), "train"),
+        scores=lambda wildcards: shard_files("base", selecting(wildcards.arm), "train"),
     output:
         pairs=f"{RUN}/{{arm}}/pairs.parquet",
         discard=f"{RUN}/{{arm}}/discard.parquet",
@@ -17,7 +17,7 @@ rule pairs:
     params:
         code=code("stages.pairs"),
         config=CONFIG,
-        selection=lambda wildcards: selection(wildcards.arm),
+        selection=lambda wildcards: selection_settings(wildcards.arm),
     message:
         "Pairs: {wildcards.arm}"
     shell:
@@ -28,4 +28,4 @@ rule pairs:
         " --scores {input.scores:q}"
         " --out {output.pairs:q}"
         " --discard {output.discard:q}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | logged {log:q}"

@@ -1,4 +1,4 @@
-"""Prompts: the training set and the held-out set."""
+"""Prompts: the training set, the sets of the benchmarks, and the check that they do not overlap."""
 
 
 rule prompts:
@@ -9,15 +9,15 @@ rule prompts:
     log:
         f"{RUN}/logs/prompts/{{set}}.log",
     wildcard_constraints:
-        set="train|evaluation",
+        set=pattern(["train", *BENCHMARKS]),
     conda:
         "../../envs/light.yaml"
     resources:
         mem_mb=1000,
     params:
-        code=code("stages.prompts"),
+        code=lambda wildcards: code("stages.prompts", mentioned=[entry("SUITES", chosen_prompts(wildcards.set).source)]),
         config=CONFIG,
-        settings=lambda wildcards: getattr(settings.prompts, wildcards.set).model_dump(),
+        settings=lambda wildcards: chosen_prompts(wildcards.set).model_dump(),
         seed=lambda wildcards: settings.seed if wildcards.set == "train" else 0,
     message:
         "Prompts: {wildcards.set}"
@@ -26,4 +26,29 @@ rule prompts:
         " --config {params.config:q}"
         " --set {wildcards.set}"
         " --out {output:q}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | logged {log:q}"
+
+
+rule prompt_sets:
+    """Fail if a benchmark contains training prompts, before any image is drawn."""
+    input:
+        train=f"{RUN}/prompts/train.parquet",
+        benchmarks=expand(f"{RUN}/prompts/{{benchmark}}.parquet", benchmark=BENCHMARKS),
+    output:
+        f"{RUN}/prompts/sets.parquet",
+    log:
+        f"{RUN}/logs/prompts/sets.log",
+    conda:
+        "../../envs/light.yaml"
+    resources:
+        mem_mb=1000,
+    params:
+        code=code("stages.prompt_sets"),
+    message:
+        "Prompts: no benchmark overlaps the training set"
+    shell:
+        "python -m stages.prompt_sets"
+        " --train {input.train:q}"
+        " --benchmarks {input.benchmarks:q}"
+        " --out {output:q}"
+        " 2>&1 | logged {log:q}"

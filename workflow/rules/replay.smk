@@ -1,6 +1,6 @@
-"""Curriculum replay: the prompts of the discard pool are drawn and judged again by the checkpoint of that epoch.
+"""Curriculum replay: the checkpoint of a replay epoch draws and judges the prompts of the discard pool again.
 
-pool -> candidates and scores (the rules of all candidates) -> recovered pairs -> the pool that still waits
+pool -> candidates and scores (made by the rules generate and score) -> recovered pairs -> remaining pool
 """
 
 
@@ -25,7 +25,7 @@ rule replay_pool:
         " --prompts {input.prompts:q}"
         " --discard {input.discard:q}"
         " --out {output:q}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | logged {log:q}"
 
 
 rule replay_pairs:
@@ -45,7 +45,7 @@ rule replay_pairs:
         code=code("stages.pairs"),
         config=CONFIG,
         arm=lambda wildcards: NODES[wildcards.node].arm,
-        selection=lambda wildcards: selection(NODES[wildcards.node].arm),
+        selection=lambda wildcards: selection_settings(NODES[wildcards.node].arm),
     message:
         "Recovered prompts at {wildcards.node}"
     shell:
@@ -56,7 +56,7 @@ rule replay_pairs:
         " --scores {input.scores:q}"
         " --out {output.pairs:q}"
         " --discard {output.discard:q}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | logged {log:q}"
 
 
 rule replay_merge:
@@ -82,4 +82,4 @@ rule replay_merge:
         " --recovered {input.recovered:q}"
         " --again {input.again:q}"
         " --out {output:q}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | logged {log:q}"

@@ -1,6 +1,7 @@
-"""Scores: the model's own understanding branch says which images match; the external judge's verdicts measure.
+"""Scores and verdicts: the model's own understanding branch decides which images match; external judges measure both branches.
 
-Set base-evaluation is a trained checkpoint's verdict on the base model's evaluation images, for the win rate.
+`scores` are a checkpoint's verdicts on its own images. `scores-of-base` are its verdicts on the base model's images, from which
+the win rate is computed.
 """
 
 
@@ -9,28 +10,28 @@ rule score:
         prompts=prompt_manifest,
         candidates=candidate_manifest,
         images=image_shard,
-        checkpoint=lambda wildcards: checkpoint_files(wildcards.node),
+        checkpoint=lambda wildcards: checkpoint_files(wildcards.node, "judge"),
     output:
-        f"{RUN}/{{node}}/scores/{{set}}/{{shard}}.parquet",
+        f"{RUN}/{{node}}/{{scores}}/{{set}}/{{shard}}.parquet",
     log:
-        f"{RUN}/logs/score/{{node}}.{{set}}.{{shard}}.log",
+        f"{RUN}/logs/score/{{node}}.{{scores}}.{{set}}.{{shard}}.log",
     benchmark:
-        f"{RUN}/benchmarks/score/{{node}}.{{set}}.{{shard}}.jsonl"
+        f"{RUN}/benchmarks/score/{{node}}.{{scores}}.{{set}}.{{shard}}.jsonl"
     conda:
         "../../envs/models.yaml"
     threads: 1
     resources:
         gpu=GPUS,
         mem_mb=megabytes(2),
-        runtime=minutes("judge", shard_images),
+        runtime=minutes_for("judge", shard_images),
     params:
-        code=code("stages.score", FAMILY),
+        code=code("stages.score", mentioned=USES),
         config=CONFIG,
-        checkpoint=lambda wildcards, input: Path(input.checkpoint[0]).parent,
-        settings=settings.score.model_dump(exclude={"batch_size"}),
+        checkpoint=lambda wildcards: checkpoint_folder(wildcards.node),
+        settings=read_by("stages.score", settings.score, without=["batch_size"]),
         model=MODEL,
     message:
-        "Judging: {wildcards.node} on {wildcards.set} images, shard {wildcards.shard}"
+        "Judging: {wildcards.node}, {wildcards.scores}, {wildcards.set} images, shard {wildcards.shard}"
     shell:
         "python -m stages.score"
         " --config {params.config:q}"
@@ -38,7 +39,7 @@ rule score:
         " --candidates {input.candidates:q}"
         " --checkpoint {params.checkpoint:q}"
         " --out {output:q}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | logged {log:q}"
 
 
 rule judge:
@@ -46,26 +47,46 @@ rule judge:
         prompts=prompt_manifest,
         candidates=candidate_manifest,
         images=image_shard,
+        files=judge_files,
     output:
-        f"{RUN}/{{node}}/verdicts/{{set}}/{{shard}}.parquet",
+        f"{RUN}/{{node}}/verdicts/{{judge}}/{{set}}/{{shard}}.parquet",
     log:
-        f"{RUN}/logs/judge/{{node}}.{{set}}.{{shard}}.log",
+        f"{RUN}/logs/judge/{{node}}.{{judge}}.{{set}}.{{shard}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/judge/{{node}}.{{judge}}.{{set}}.{{shard}}.jsonl"
     wildcard_constraints:
-        set="train|evaluation|replay",
+        judge=pattern(name for name in JUDGES if name not in GPU_JUDGES),
     conda:
         "../../envs/light.yaml"
     resources:
         mem_mb=2000,
     params:
-        code=code("stages.judge"),
+        code=lambda wildcards: code("stages.judge", mentioned=judge_uses(wildcards.judge)),
         config=CONFIG,
-        judge=settings.evaluate.judge,
+        judge=lambda wildcards: settings.judge(wildcards.judge).outcome(),
+        categories=lambda wildcards: (
+            [f"--categories {' '.join(judged_categories(wildcards))}"] if judged_categories(wildcards) else []
+        ),
     message:
-        "External judge: {wildcards.node}'s {wildcards.set} images, shard {wildcards.shard}"
+        "External judge {wildcards.judge}: {wildcards.node}, {wildcards.set} images, shard {wildcards.shard}"
     shell:
         "python -m stages.judge"
         " --config {params.config:q}"
+        " --judge {wildcards.judge}"
         " --prompts {input.prompts:q}"
         " --candidates {input.candidates:q}"
+        " {params.categories}"
         " --out {output:q}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | logged {log:q}"
+
+
+use rule judge as judge_on_gpu with:
+    wildcard_constraints:
+        judge=pattern(GPU_JUDGES),
+    conda:
+        "../../envs/models.yaml"
+    threads: 1
+    resources:
+        gpu=GPUS,
+        mem_mb=megabytes(2),
+        runtime=minutes_for("judge", shard_images),

@@ -1,11 +1,11 @@
 """Training: reference log-probabilities for DPO, the schedule, and the trainer that reads it in order.
 
-A node continues its parent bit-exactly from the trainer's own saves in work/, which are no declared outputs: a retry finds
-them, and deleting the folder costs time, nothing else. A training that is told to stop saves and ends; the shell and tee
-around it ignore that signal, so that they live as long as it does.
+A node continues its parent bit-exactly from the trainer's saves in work/. The saves are not declared as outputs, so a retry
+finds them, and deleting the folder costs only time. A training that receives a stop signal saves and ends. The shell and tee
+around it ignore the signal, so that they outlive it.
 
-SLURM's plugin cannot start a step with GPUs on several nodes; `mpi` makes it start the job in the batch step, from where the
-stage reaches every node by itself (stages/training/launch.py).
+SLURM's plugin cannot start a step with GPUs on several nodes. The resource `mpi` makes it start the job in the batch step, and
+from there the stage starts its processes on every node (stages/training/launch.py).
 """
 
 
@@ -14,11 +14,13 @@ rule reference:
         prompts=f"{RUN}/prompts/train.parquet",
         pairs=f"{RUN}/{{owner}}/pairs.parquet",
         candidates=reference_candidates,
-        checkpoint=checkpoint_files("base"),
+        checkpoint=checkpoint_files("base", "train"),
     output:
         f"{RUN}/{{owner}}/reference.parquet",
     log:
         f"{RUN}/logs/reference/{{owner}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/reference/{{owner}}.jsonl"
     wildcard_constraints:
         owner=r"[^/]+(/replay)?",
     conda:
@@ -27,12 +29,15 @@ rule reference:
     resources:
         gpu=min(GPUS, 1),
         mem_mb=megabytes(2),
-        runtime=minutes("judge", selected_images),
+        runtime=minutes_for("judge", selected_images),
     params:
-        code=code("stages.reference", FAMILY),
+        code=code("stages.reference", mentioned=USES),
         config=CONFIG,
-        checkpoint=lambda wildcards, input: Path(input.checkpoint[0]).parent,
+        checkpoint=lambda wildcards: checkpoint_folder("base"),
         model=MODEL,
+        epochs=reference_epochs,
+        # The random draws of an estimated likelihood depend on the run's seed. An exact likelihood has no random draws.
+        seed=None if FAMILY.likelihood == "exact" else settings.seed,
     message:
         "Reference log-probabilities: {wildcards.owner}"
     shell:
@@ -42,8 +47,9 @@ rule reference:
         " --pairs {input.pairs:q}"
         " --candidates {input.candidates:q}"
         " --checkpoint {params.checkpoint:q}"
+        " --epochs {params.epochs}"
         " --out {output:q}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | logged {log:q}"
 
 
 rule schedule:
@@ -64,7 +70,7 @@ rule schedule:
         arm=lambda wildcards: NODES[wildcards.node].arm,
         epochs=lambda wildcards: NODES[wildcards.node].epoch,
         replayed=replay_arguments,
-        batch_size=lambda wildcards: training(wildcards.node)["batch_size"],
+        batch_size=lambda wildcards: settings.arm_train(NODES[wildcards.node].arm).batch_size,
         seed=settings.seed,
     message:
         "Schedule: {wildcards.node}"
@@ -76,7 +82,7 @@ rule schedule:
         " --pairs {input.pairs:q}"
         " {params.replayed}"
         " --out {output:q}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | logged {log:q}"
 
 
 rule train:
@@ -85,10 +91,10 @@ rule train:
         schedule=f"{RUN}/{{node}}/schedule.parquet",
         candidates=training_candidates,
         scores=anchor_scores,
-        base=checkpoint_files("base"),
+        base=checkpoint_files("base", "train"),
         parent=parent_checkpoint,
     output:
-        checkpoint=f"{RUN}/{{node}}/checkpoint/model.safetensors",
+        checkpoint=f"{RUN}/{{node}}/checkpoint/{FAMILY.trained_file}",
         metrics=f"{RUN}/{{node}}/training.parquet",
         plot=f"{RUN}/{{node}}/training.png",
     log:
@@ -105,15 +111,15 @@ rule train:
         tasks_per_gpu=0,
         mpi=lambda wildcards: "srun" if training_nodes(wildcards) > 1 else "",
         mem_mb=megabytes(8),
-        runtime=minutes("train", trained_rows, training_processes),
+        runtime=minutes_for("train", trained_rows, training_processes),
     params:
-        code=code("stages.train", FAMILY),
+        code=code("stages.train", mentioned=USES),
         config=CONFIG,
         arm=lambda wildcards: NODES[wildcards.node].arm,
-        parent=continued,
-        work=lambda wildcards, output: Path(output.checkpoint).parent.parent / "work",
-        out=lambda wildcards, output: Path(output.checkpoint).parent,
-        training=lambda wildcards: training(wildcards.node),
+        parent=continued_work,
+        work=lambda wildcards: f"{RUN}/{wildcards.node}/work",
+        out=lambda wildcards: checkpoint_folder(wildcards.node),
+        training=lambda wildcards: training_settings(wildcards.node),
         model=MODEL,
     message:
         "Training: {wildcards.node}"
@@ -130,4 +136,4 @@ rule train:
         " --work {params.work:q}"
         " --out {params.out:q}"
         " --metrics {output.metrics:q}"
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | logged {log:q}"

@@ -1,8 +1,8 @@
-"""The hot path of drawing: a LLaMA that decodes one image token a step over a preallocated key-value cache.
+"""Image decoding with a LLaMA: one image token per row and step, over a preallocated KV cache. This is the hot path of drawing.
 
-The weights are those of transformers' `LlamaModel`, used in place. What is different from its `generate`: the cache is
-allocated once and never copied, a step reads only the columns that are filled, each prompt is run once and shared by its
-candidates, and nothing in the loop waits for the device.
+It uses the weights of transformers' `LlamaModel` in place. It differs from transformers' `generate` in that the cache is
+allocated once and never copied, a step reads only the filled positions, each prompt is run once and shared by its candidates,
+and nothing in the loop waits for the device.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 @dataclass
 class Cache:
-    """Keys and values of every layer, `[layers, rows, key-value heads, columns, head dim]`.
+    """The KV cache: keys and values of every layer, each `[layers, rows, key-value heads, positions, head dim]`.
 
-    Prompts are right-aligned in the first `filled` columns, so that all rows decode at the same column; `padding` int64
-    `[rows]` counts the columns before a row's prompt, and is None where no row has any.
+    Prompts are right-aligned in the first `filled` positions, so that all rows decode at the same position. padding, int64
+    `[rows]`, is the number of padding positions before each row's prompt; it is None if no row has any.
     """
 
     keys: torch.Tensor
@@ -34,15 +34,17 @@ def head_dim(config: LlamaConfig) -> int:
 
 
 def cache_bytes(config: LlamaConfig, columns: int, dtype: torch.dtype) -> int:
-    """Bytes of one row's keys and values."""
+    """Return the size of one row's keys and values in bytes. columns: the number of positions."""
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * columns * dtype.itemsize
 
 
 def prefill(llm: LlamaModel, prompts: list[torch.Tensor], rows: list[int], more: int) -> tuple[torch.Tensor, Cache]:
-    """Run each distinct prompt once and hand it to its rows.
+    """Run each distinct prompt once and copy its keys and values to its rows.
 
-    prompts: distinct prompts as embeddings, `[length, hidden]` each. rows: for each row of the batch, which prompt.
-    more: columns to leave for image tokens. Returns the last hidden state of each row, `[rows, hidden]`, and the cache.
+    prompts: embeddings of the distinct prompts, each `[length, hidden]`. rows: the index of each row's prompt.
+    more: the number of positions to reserve for image tokens.
+
+    Return the last hidden state of each row, `[rows, hidden]`, and the cache.
     """
     config, device, dtype = llm.config, prompts[0].device, prompts[0].dtype
     lengths = [len(prompt) for prompt in prompts]
@@ -61,7 +63,7 @@ def prefill(llm: LlamaModel, prompts: list[torch.Tensor], rows: list[int], more:
         for layer, states in enumerate(prefix.layers):
             keys[layer, used, :, width - length : width] = states.keys[source]
             values[layer, used, :, width - length : width] = states.values[source]
-        if length < width:  # masked columns are read too, and 0 x NaN is NaN
+        if length < width:  # attention reads masked positions too, and 0 x NaN is NaN
             keys[:, used, :, : width - length] = 0
             values[:, used, :, : width - length] = 0
     padding = None
@@ -71,7 +73,7 @@ def prefill(llm: LlamaModel, prompts: list[torch.Tensor], rows: list[int], more:
 
 
 def step(llm: LlamaModel, hidden: torch.Tensor, cache: Cache) -> torch.Tensor:
-    """One more token a row: its embedding `[rows, hidden]` to the last hidden state `[rows, hidden]`; fills a column."""
+    """Run one decode step: embeddings in, last hidden states out, both `[rows, hidden]`. It writes one cache position."""
     column, rows = cache.filled, len(hidden)
     positions = torch.full((rows,), column, device=hidden.device)
     mask = None
@@ -97,15 +99,16 @@ def step(llm: LlamaModel, hidden: torch.Tensor, cache: Cache) -> torch.Tensor:
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of `[rows, heads, head dim]`, halves convention."""
+    """Return states `[rows, heads, head dim]` with rotary position embedding; the pairs are (i, i + dim / 2)."""
     left, right = states.chunk(2, -1)
     return states * cos + torch.cat((-right, left), -1) * sin
 
 
 def sample(logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Inverse-CDF sampling: logits `[n, codes]`, one uniform in [0, 1) for each row, float64 `[n]`; int64 `[n]`.
+    """Return one code for each row, int64 `[n]`, by inverse-CDF sampling.
 
-    The cumulative sum is in float64: in float32 its tail over 16,384 codes would lose codes of small probability.
+    logits: `[n, codes]`. draws: float64 `[n]`, uniform in [0, 1). The cumulative sum is in float64, because in float32 codes of
+    small probability would be lost in its tail over 16,384 codes.
     """
     cumulative = logits.float().softmax(-1).double().cumsum(-1)
     threshold = draws[:, None] * cumulative[:, -1:]
@@ -123,12 +126,15 @@ def decode(
     guidance_scale: float,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw n images of t tokens.
+    """Draw n images of t tokens each.
 
-    prompts: distinct prompts as embeddings `[length, hidden]`; rows: which prompt each row continues: n of them, or, with
-    guidance, 2 n, an image's conditional row before its unconditional one. draws: float64 `[n, t]`. head: hidden states to
-    logits over codes. embed: codes to embeddings. Returns tokens int64 `[n, t]` and, float64 `[n]`, their log-probability
-    under the conditional model at temperature 1.
+    prompts: embeddings of the distinct prompts, each `[length, hidden]`.
+    rows: the index of each row's prompt. There are n rows, or with guidance 2 n, where each image's conditional row comes
+        directly before its unconditional one.
+    draws: float64 `[n, t]`, uniform in [0, 1).
+    head: maps hidden states to logits over the codes. embed: maps codes to embeddings.
+
+    Return the tokens, int64 `[n, t]`, and their log-probabilities under the conditional model at temperature 1, float64 `[n]`.
     """
     count, length = draws.shape
     guided = len(rows) == 2 * count

@@ -1,6 +1,7 @@
-"""Janus and Janus-Pro (`JanusForConditionalGeneration` of transformers): autoregressive over VQ codes.
+"""Janus and Janus-Pro (`JanusForConditionalGeneration` of transformers): an autoregressive model over VQ codes.
 
-Upstream: deepseek-ai/Janus, generation_inference.py (prompt format, unconditional row, guidance) and arXiv 2501.17811.
+Prompt format, unconditional row and guidance follow upstream: generation_inference.py of deepseek-ai/Janus, and arXiv
+2501.17811.
 """
 
 from __future__ import annotations
@@ -14,24 +15,24 @@ from safetensors import SafetensorError
 from transformers import JanusForConditionalGeneration, JanusProcessor
 from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
-from stages.common.runtime import UserError
+from stages.common.errors import UserError
 from stages.common.seeds import uniforms
-from stages.families.base import Drawn, Sampling, TrainingView
+from stages.families.base import Drawn, Pictures, Role, TokenRows, TrainingView
+from stages.families.janus import JANUS, JanusSampling
 from stages.families.janus.decode import cache_bytes, decode, head_dim
 from stages.families.janus.training import JanusOverImages, looked_at
-from stages.families.tools.checkpoints import require_model_type
 from stages.families.tools.linears import packed_linears
 from stages.families.tools.memory import Memory
 
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
-CHAT_TEMPLATE = (  # for plain transformers; this file writes its turns itself
+CHAT_TEMPLATE = (  # for use with plain transformers; this module formats turns itself
     "{% for message in messages %}{{ '<|User|>' if message['role'] == 'user' else '<|Assistant|>' }}: "
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image_placeholder>\n"
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n\n{% endfor %}"
     "{% if add_generation_prompt %}<|Assistant|>:{% endif %}"
 )
-PAD = "<\uff5c\u2581pad\u2581\uff5c>"  # upstream's, with fullwidth bars and lower one eighth blocks
-# At once: the VQ decoder holds hundreds of numbers a pixel, gigabytes for seven images of 384 px.
+PAD = "<\uff5c\u2581pad\u2581\uff5c>"  # upstream's token, with fullwidth bars and lower one eighth blocks
+# How many pixels are decoded at once. The VQ decoder holds hundreds of numbers per pixel: gigabytes for seven 384 px images.
 DECODED_PIXELS_CPU, DECODED_PIXELS = 1 << 16, 1 << 20
 YES = ("1", " 1", "yes", " yes", "Yes", " Yes", "YES", " YES")
 NO = ("0", " 0", "no", " no", "No", " No", "NO", " NO")
@@ -39,15 +40,6 @@ NO = ("0", " 0", "no", " no", "No", " No", "NO", " NO")
 
 class Janus:
     """See `stages.families.base.Family`."""
-
-    question = (
-        "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-        "provides, and assist the user with a variety of tasks using natural language. Does this original image "
-        "describe {prompt}? If it describes the scene, score 1; if it does not fully describe, score 0. Please answer "
-        "in the following format: The score is {your score}."
-    )
-    # Digits are tokens of their own in Janus-Pro's tokenizer, so the space before the score belongs to what comes before.
-    answer_prefix = " The score is "
 
     def __init__(self, model: JanusForConditionalGeneration, processor: JanusProcessor) -> None:
         self.model = model.eval()
@@ -65,16 +57,16 @@ class Janus:
                 f"the checkpoint's image_token_id is {model.config.image_token_id}, but its tokenizer's "
                 f"{processor.image_token} is {self.placeholder}; its tokenizer files are another model's"
             )
-        # Lost by from_pretrained though saved by save_pretrained, and needed by transformers' own generate.
+        # transformers' own generate needs this; save_pretrained writes it, but from_pretrained does not restore it.
         model.generation_config.generation_kwargs = {"boi_token_id": self.begin}
         self.image_length = model.model.vqmodel.config.num_patches**2
-        self.memory = Memory(self.device)
+        self.memory = Memory(self.device, sum(parameter.nbytes for parameter in model.parameters()))
         self.yes = self._single_tokens(YES)
         self.no = self._single_tokens(NO)
 
     @classmethod
-    def load(cls, checkpoint: Path, device: str = "cpu", dtype: str = "float32") -> Janus:
-        require_model_type(checkpoint, "janus")
+    def load(cls, checkpoint: Path, device: str = "cpu", dtype: str = "float32", role: Role = "draw") -> Janus:
+        JANUS.files(checkpoint, role)  # raises UserError on a folder of another family
         try:
             model = JanusForConditionalGeneration.from_pretrained(
                 checkpoint, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
@@ -89,7 +81,7 @@ class Janus:
         self.processor.save_pretrained(folder)
 
     def _id(self, token: str | None) -> int:
-        """The id of a special token by its name: ids differ between Janus-Pro-1B and 7B."""
+        """Return the id of a special token by its name, because ids differ between Janus-Pro-1B and 7B."""
         identifier = self.tokenizer.convert_tokens_to_ids(token) if token else None
         if identifier is None or identifier == self.tokenizer.unk_token_id:
             raise UserError(f"the checkpoint's tokenizer has no token {token!r}; it is not a Janus tokenizer")
@@ -102,40 +94,60 @@ class Janus:
 
     # --- drawing ---------------------------------------------------------------------------------------------------
 
+    def _text_ids(self, text: str) -> list[int]:
+        """Return the ids of a text with exactly one BOS before it.
+
+        The tokenizer is asked to add no special tokens, because checkpoints differ: in some its post-processor adds BOS, in
+        others only `add_bos_token` in tokenizer_config.json requests it, which transformers 5 ignores.
+        """
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id, *ids]
+
     def _prompt_ids(self, prompt: str) -> list[int]:
-        """BOS, user turn, assistant turn, begin-of-image: upstream's layout for Janus-Pro."""
-        ids = [*self.tokenizer.encode(f"{USER}: {prompt}\n\n{ASSISTANT}:"), self.begin]
-        if self.tokenizer.bos_token_id is not None and ids[0] != self.tokenizer.bos_token_id:
-            ids.insert(0, self.tokenizer.bos_token_id)
-        return ids
+        """Return upstream's layout for Janus-Pro: BOS, user turn, assistant turn, begin-of-image."""
+        return [*self._text_ids(f"{USER}: {prompt}\n\n{ASSISTANT}:"), self.begin]
 
     def bucket(self, prompt: str) -> int:
         return len(self._prompt_ids(prompt))
 
     @torch.no_grad()
-    def generate(self, prompts: list[str], seeds: np.ndarray, sampling: Sampling) -> Drawn:
+    def generate(self, prompts: list[str], seeds: np.ndarray, sampling: JanusSampling) -> Drawn:
+        """See `Family.generate`. Whether a candidate depends on its batch is determined by the precision:
+
+        In float32 on a CPU it does not, except for near ties. Another batch size changes logits in the seventh digit, so a code
+        changes only if its uniform draw is that close to the boundary between two codes. No code changed in 2,000 images of
+        tiny-janus, drawn 1 to 500 at once.
+
+        In bfloat16 on a GPU it depends on the batch, because the shape of a matrix product determines how it is rounded, and a
+        rounding difference can change a code. Equal batches give equal candidates: a batch is split into pieces by the geometry
+        of model, prompts and device, never by the free memory. Only a piece that runs out of memory is split further. A message
+        then says so, because this may change codes too.
+        """
         draws = torch.from_numpy(uniforms(seeds, self.image_length)).to(self.device)
         ids = [tuple(self._prompt_ids(prompt)) for prompt in prompts]
         columns = max(map(len, ids)) + self.image_length
         llm = self.model.model.language_model
         cached = cache_bytes(llm.config, columns, self.model.dtype)
-        logits = 24 * self.model.config.vq_config.num_embeddings  # sampling's float64 and float32 copies
+        logits = 24 * self.model.config.vq_config.num_embeddings  # float32 and float64 copies during sampling
         rows = 2 if sampling.guidance_scale != 1.0 else 1
 
-        def some(part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            tokens, log_probabilities = self._sample(ids[part], draws[part], sampling)
-            return self._decode(tokens), tokens.cpu().numpy(), log_probabilities.cpu().numpy()
+        def some(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            return self._sample(ids[part], draws[part], sampling)
 
+        at_once = self.memory.fit(rows * (cached + logits))
         with packed_linears(llm, self.model.model.generation_head, self.model.model.generation_aligner):
-            parts = self.memory.pieces(len(prompts), rows * (cached + logits), some)
-        return Drawn(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+            parts = self.memory.pieces("drawing", len(prompts), at_once, some)
+        tokens, log_probabilities = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return Drawn(self._decode(tokens), tokens=tokens.cpu().numpy(), log_probabilities=log_probabilities.cpu().numpy())
 
-    def _sample(self, ids: list[tuple[int, ...]], draws: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes int64 `[n, t]` and log-probabilities for prompts as ids, draws float64 `[n, t]`."""
+    def _sample(
+        self, ids: list[tuple[int, ...]], draws: torch.Tensor, sampling: JanusSampling
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return codes, int64 `[n, t]`, and log-probabilities, float64 `[n]`, for prompts as ids and draws float64 `[n, t]`."""
         wanted = []
         for row in ids:
             wanted.append(row)
-            if sampling.guidance_scale != 1.0:  # everything between BOS and begin-of-image padded, and attended, as upstream
+            if sampling.guidance_scale != 1.0:  # as upstream: padding, attended to, between BOS and begin-of-image
                 wanted.append((row[0], *[self.pad] * (len(row) - 2), row[-1]))
         distinct = {row: place for place, row in enumerate(dict.fromkeys(wanted))}
         embed = self.model.get_input_embeddings()
@@ -152,15 +164,24 @@ class Janus:
 
     @torch.no_grad()
     def _decode(self, tokens: torch.Tensor) -> np.ndarray:
-        """Codes int64 `[n, t]` to pictures uint8 `[n, h, w, 3]`; the VQ decoder's output is in [-1, 1]."""
+        """Return the images of codes int64 `[n, t]`, uint8 `[n, h, w, 3]`. The VQ decoder's output is in [-1, 1].
+
+        The pieces are independent of those of sampling, so that no codes are lost if the decoder runs out of memory. A pixel
+        may differ by one level in a piece of another size.
+        """
+
+        def some(part: slice) -> np.ndarray:
+            pixels = self.model.decode_image_tokens(tokens[part]).float()
+            return ((pixels + 1) * 127.5).clamp(0, 255).byte().cpu().numpy()  # truncated, as upstream does
+
         pixels_at_once = DECODED_PIXELS_CPU if self.device.type == "cpu" else DECODED_PIXELS
         at_once = max(1, min(64, pixels_at_once // self.model.config.vision_config.image_size**2))
-        pixels = torch.cat([self.model.decode_image_tokens(part) for part in tokens.split(at_once)])
-        return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
+        return np.concatenate(self.memory.pieces("decoding", len(tokens), at_once, some))
 
     @torch.no_grad()
-    def image_log_likelihood(self, prompts: list[str], tokens: np.ndarray) -> np.ndarray:
-        """Exact: the sum over codes of log p(code | prompt, earlier codes)."""
+    def log_likelihood(self, prompts: list[str], pictures: Pictures, seeds: np.ndarray | None = None) -> np.ndarray:
+        """Return the exact value: the sum over codes of log p(code | prompt, earlier codes). Seeds are ignored."""
+        tokens = pictures.tokens
         ids = [self._prompt_ids(prompt) for prompt in prompts]
         result = np.zeros(len(ids))
         for length in sorted({len(row) for row in ids}):
@@ -173,11 +194,11 @@ class Janus:
 
             logits = 12 * self.image_length * self.model.config.vq_config.num_embeddings
             each = logits + self._activation_bytes(length + self.image_length)
-            result[rows] = np.concatenate(self.memory.pieces(len(rows), each, some))
+            result[rows] = np.concatenate(self.memory.pieces("scoring", len(rows), self.memory.fit(each), some))
         return result
 
     def _log_likelihood(self, texts: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """Of codes int64 `[n, t]` after prompts int64 `[n, p]`, float64 `[n]`."""
+        """Return the log-likelihood, float64 `[n]`, of codes int64 `[n, t]` after prompt ids int64 `[n, p]`."""
         text = self.model.get_input_embeddings()(texts)
         inputs = torch.cat([text, self.model.prepare_embeddings_for_image_generation(codes[:, :-1])], 1)
         hidden = self.model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
@@ -185,14 +206,14 @@ class Janus:
         return logits.log_softmax(-1).gather(2, codes[:, :, None]).squeeze(2).double().sum(1)
 
     def _activation_bytes(self, tokens: int) -> int:
-        """Bytes that one sequence's forward holds at its widest, the MLP; an estimate, see Memory."""
+        """Return an estimate of the bytes that the forward pass of one sequence needs at its peak, in the MLP."""
         config = self.model.config.text_config
         return tokens * (4 * config.intermediate_size + 12 * config.hidden_size) * self.model.dtype.itemsize
 
     # --- judging ---------------------------------------------------------------------------------------------------
 
     def _pixels(self, images: np.ndarray) -> torch.Tensor:
-        """What the processor makes of uint8 `[n, h, w, 3]`; on the device where there is nothing to resize."""
+        """Return what the processor returns for uint8 `[n, h, w, 3]`, computed on the device if the images need no resizing."""
         processor = self.processor.image_processor
         if images.shape[1:3] != (processor.size["height"], processor.size["width"]):
             pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]
@@ -202,17 +223,17 @@ class Janus:
         return ((pixels - mean) / std).to(self.model.dtype)
 
     def _question_ids(self, question: str, prefix: str = "") -> list[int]:
-        """Upstream's layout: system prompt, user turn with picture and question, assistant turn.
+        """Return upstream's layout: BOS, system prompt, user turn with image and question, assistant turn.
 
-        The paper's question opens with upstream's system prompt, whose place is before the user's turn.
+        The paper's question begins with upstream's system prompt, which belongs before the user turn.
         """
         asked = question.removeprefix(DEFAULT_SYSTEM_PROMPT.rstrip()).lstrip()
         system = DEFAULT_SYSTEM_PROMPT if asked != question or self.processor.use_default_system_prompt else ""
         picture = self.processor.replace_image_token({}, 0)
-        return self.tokenizer.encode(f"{system}{USER}: {picture}\n{asked}\n\n{ASSISTANT}:{prefix}")
+        return self._text_ids(f"{system}{USER}: {picture}\n{asked}\n\n{ASSISTANT}:{prefix}")
 
     def _padded_questions(self, questions: list[str], prefix: str = "") -> tuple[torch.Tensor, torch.Tensor]:
-        """Right-padded ids `[n, s]` and the index of each row's last real token; attention is causal, so no mask."""
+        """Return right-padded ids `[n, s]` and the index of each row's last real token. Causal attention needs no mask."""
         rows = [self._question_ids(question, prefix) for question in questions]
         last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
         width = max(len(row) for row in rows)
@@ -221,7 +242,7 @@ class Janus:
     def _question_embeddings(
         self, images: np.ndarray, questions: list[str], prefix: str = ""
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings `[n, s, d]` and the index of each row's last real token."""
+        """Return embeddings `[n, s, d]` and the index of each row's last real token."""
         ids, last = self._padded_questions(questions, prefix)
         return looked_at(self.model, self._pixels(images), ids), last
 
@@ -235,16 +256,16 @@ class Janus:
             yes, no = probabilities[:, self.yes].sum(1), probabilities[:, self.no].sum(1)
             return (yes / (yes + no)).cpu().numpy(), (1 - yes - no).clamp(min=0).cpu().numpy()
 
-        tokens = self.processor.num_image_tokens + max(len(question) for question in questions)  # at most
+        tokens = self.processor.num_image_tokens + max(len(question) for question in questions)  # an upper bound
         with packed_linears(self.model):
-            parts = self.memory.pieces(len(questions), self._activation_bytes(tokens), some)
+            parts = self.memory.pieces("judging", len(questions), self.memory.fit(self._activation_bytes(tokens)), some)
         yes, neither = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return yes, neither
 
     @torch.no_grad()
     def answer(self, images: np.ndarray, questions: list[str], max_new_tokens: int = 64) -> list[str]:
         answers = []
-        for i in range(len(questions)):  # one by one: unequal lengths, and this is the rare path
+        for i in range(len(questions)):  # one by one, because lengths differ and this mode is rarely used
             inputs, _ = self._question_embeddings(images[i : i + 1], questions[i : i + 1])
             cache = None
             ids: list[int] = []
@@ -261,11 +282,13 @@ class Janus:
 
     # --- training --------------------------------------------------------------------------------------------------
 
-    def training_rows(self, prompts: list[str], tokens: np.ndarray) -> list[tuple[list[int], list[int]]]:
+    def token_ids(self, prompts: list[str], pictures: Pictures) -> list[tuple[list[int], list[int]]]:
+        """Return (prompt ids, image ids) for each row, in the joint vocabulary of `JanusOverImages`."""
+        assert pictures.tokens is not None
         codes = self.model.config.vq_config.num_embeddings
         return [
-            ([codes + token for token in self._prompt_ids(prompt)], [int(code) for code in row])
-            for prompt, row in zip(prompts, tokens, strict=True)
+            ([codes + token for token in self._prompt_ids(prompt)], row.tolist())
+            for prompt, row in zip(prompts, pictures.tokens, strict=True)
         ]
 
     def training_view(self) -> TrainingView:
@@ -276,10 +299,14 @@ class Janus:
             "projector": ("janus.model.generation_aligner.", aligner),
             "vision": (vision,),
         }
-        return TrainingView(JanusOverImages(self.model), self.tokenizer, groups, (aligner, vision, head), self._flops)
+        rows = TokenRows(self.tokenizer, self.token_ids)
+        return TrainingView(JanusOverImages(self.model), groups, (aligner, vision, head), self._row_flops, token_rows=rows)
+
+    def _row_flops(self, prompt: str) -> float:
+        return self._flops(len(self._prompt_ids(prompt)) + self.image_length)
 
     def _flops(self, tokens: float) -> float:
-        """Matrices of the LLM's layers and the image head, and causal attention."""
+        """Return the FLOPs of a forward pass: the matrices of the LLM's layers and the image head, and causal attention."""
         llm = self.model.model.language_model
         matrices = [
             parameter.numel() for module in (llm.layers, self.model.model.generation_head) for parameter in module.parameters()

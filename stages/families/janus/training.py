@@ -1,8 +1,8 @@
-"""Janus as a language model over pictures, in the form that TRL's trainers need.
+"""Janus as a language model over images, in the form that TRL's trainers need.
 
-TRL computes `model.base_model(...).last_hidden_state @ model.get_output_embeddings().weight.T` and never looks at the
-model's logits. Janus's image head is an MLP, so the base model ends before the head's last linear layer, and that layer
-is the output embedding. Ids are of a joint vocabulary: image codes first (0 to K - 1), then text (K + text id).
+TRL computes `model.base_model(...).last_hidden_state @ model.get_output_embeddings().weight.T` and never uses the model's
+logits. Janus's image head is an MLP. The base model therefore includes the head up to its last linear layer, and that layer is
+the output embedding. Token ids belong to a joint vocabulary: image codes first (0 to K - 1), then text (K + text id).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 
 class JanusOverImages(PreTrainedModel):
-    """Wraps a Janus without copying: what trains here trains there."""
+    """Wraps a Janus model without copying it: training the wrapper trains the wrapped model."""
 
     config_class = JanusForConditionalGeneration.config_class
     supports_gradient_checkpointing = True
@@ -28,8 +28,11 @@ class JanusOverImages(PreTrainedModel):
         self.codes: int = janus.config.vq_config.num_embeddings
 
     def _hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: object):
-        """Hidden states before the image head's last layer, `[n, s, d]`. Rows are right-padded and attention is causal,
-        so the padding mask changes nothing that is scored; it is passed on for attention backends that use it."""
+        """Return the hidden states before the image head's last layer, `[n, s, d]`.
+
+        Rows are right-padded and attention is causal, so the padding mask changes no position that the loss uses. It is passed
+        on for attention backends that need it.
+        """
         is_code = (input_ids < self.codes)[:, :, None]
         text = self.janus.get_input_embeddings()((input_ids - self.codes).clamp(min=0))
         image = self.janus.prepare_embeddings_for_image_generation(input_ids.clamp(max=self.codes - 1))
@@ -57,8 +60,11 @@ class JanusOverImages(PreTrainedModel):
         last: torch.Tensor | None = None,
         **_: object,
     ):
-        """Logits over the image codes `[n, s, K]`; or, given a question about a picture, over the text after it: `pixels`
-        `[n, 3, h, w]`, `question_ids` `[n, q]` of the text vocabulary, index `last` `[n]`; logits `[n, text vocabulary]`."""
+        """Return the logits over the image codes, `[n, s, K]`, or over the first token of an answer, `[n, text vocabulary]`.
+
+        The latter is for questions about images: pixels `[n, 3, h, w]`; question_ids `[n, q]`, ids of the text vocabulary; and
+        last `[n]`, the index of each question's last token.
+        """
         if pixels is not None:
             embeddings = looked_at(self.janus, pixels, question_ids)
             hidden = self.janus.model.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
@@ -70,7 +76,7 @@ class JanusOverImages(PreTrainedModel):
 
 
 def looked_at(janus: JanusForConditionalGeneration, pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Embeddings `[n, s, d]` of text `[n, s]` with the pictures `[n, 3, h, w]` in their places."""
+    """Return embeddings `[n, s, d]` of ids `[n, s]`, with the features of the images `[n, 3, h, w]` at the image tokens."""
     features = janus.model.get_image_features(pixels).pooler_output
     embeddings = janus.get_input_embeddings()(ids)
     mask = (ids == janus.config.image_token_id)[:, :, None].expand_as(embeddings)

@@ -1,4 +1,4 @@
-"""Checks on a checkpoint folder that need neither torch nor transformers, and its identity."""
+"""Checks on checkpoint folders that need neither torch nor transformers, and a checkpoint's identity."""
 
 from __future__ import annotations
 
@@ -6,52 +6,69 @@ import hashlib
 import json
 import socket
 from pathlib import Path
+from typing import Any
 
-from stages.common.runtime import UserError
+from stages.common.errors import UserError
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def model_type(checkpoint: Path) -> str:
-    """`model_type` of the folder's config.json; UserError where the folder is no checkpoint."""
-    config = checkpoint / "config.json"
+def require_folder(checkpoint: Path) -> None:
+    """Raise UserError unless the checkpoint is a folder that this machine can access."""
     if not checkpoint.is_dir():
         raise UserError(
             f"{checkpoint}: no such checkpoint folder on {socket.gethostname()}; "
             "set model.checkpoint to a local folder (on a cluster, to one that every node sees)"
         )
+
+
+def read_config(checkpoint: Path) -> dict[str, Any]:
+    """Return the fields of a folder's config.json. Raises UserError when the folder or the file is missing or invalid."""
+    require_folder(checkpoint)
+    config = checkpoint / "config.json"
     try:
         fields = json.loads(config.read_text(encoding="utf-8"))
-        return str(fields["model_type"])
     except FileNotFoundError:
         raise UserError(f"{config}: not found; model.checkpoint must be a folder in Hugging Face layout") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{config}: not a model configuration with a model_type; fetch the checkpoint again") from None
+    except ValueError:
+        raise UserError(f"{config}: not JSON; fetch the checkpoint again") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{config}: not a model configuration; fetch the checkpoint again")
+    return fields
 
 
-def require_model_type(checkpoint: Path, expected: str) -> None:
-    """UserError unless the folder holds safetensors of the expected family."""
-    found = model_type(checkpoint)
+def require_safetensors(checkpoint: Path, remedy: str = "") -> None:
+    """Raise UserError unless the folder holds safetensors files. remedy is appended to the message."""
+    if not any(checkpoint.glob("*.safetensors")):
+        pickles = sorted(path.name for pattern in PICKLES for path in checkpoint.glob(pattern))
+        what = f"only pickled weights ({pickles[0]})" if pickles else "no weights"
+        raise UserError(
+            f"{checkpoint}: {what}; pickles are not loaded. Convert them with transformers' save_pretrained (safetensors) on "
+            f"a machine where you trust them{'; ' + remedy if remedy else ''}"
+        )
+
+
+def require_model_type(checkpoint: Path, expected: str, remedy: str = "") -> None:
+    """Raise UserError unless config.json names the expected model_type and the folder holds safetensors files."""
+    found = read_config(checkpoint).get("model_type")
+    if found is None:
+        raise UserError(f"{checkpoint}/config.json: not a model configuration with a model_type; fetch the checkpoint again")
     if found != expected:
         raise UserError(
             f"{checkpoint}/config.json: model_type is {found!r}, but model.family needs {expected!r}; "
             "set model.family or model.checkpoint"
         )
-    if not any(checkpoint.glob("*.safetensors")):
-        pickles = sorted(path.name for pattern in PICKLES for path in checkpoint.glob(pattern))
-        what = f"only pickled weights ({pickles[0]})" if pickles else "no weights"
-        raise UserError(
-            f"{checkpoint}: {what}; pickles are not loaded, convert them with transformers' save_pretrained "
-            "(safetensors) on a machine you trust them on, upstream's Janus-Pro with python -m stages.families.janus.convert"
-        )
+    require_safetensors(checkpoint, remedy)
 
 
-def checkpoint_hash(checkpoint: Path) -> str:
-    """16 hex digits over config.json and every safetensors file: the same weights, the same hash, wherever they lie."""
-    model_type(checkpoint)  # is it a checkpoint?
+def files_hash(checkpoint: Path, files: list[Path]) -> str:
+    """Return the first 16 hexadecimal digits of a SHA-256 hash over the files' relative paths and contents.
+
+    Paths are relative to the checkpoint folder, so the same weights have the same hash wherever that folder is.
+    """
     digest = hashlib.sha256()
-    for path in [checkpoint / "config.json", *sorted(checkpoint.glob("*.safetensors"))]:
-        digest.update(path.name.encode())
+    for path in files:
+        digest.update(path.relative_to(checkpoint).as_posix().encode())
         with path.open("rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)

@@ -1,4 +1,9 @@
-"""How many images fit on a device at once: chosen from its free memory, made smaller where that was too many."""
+"""How many images a device processes at once: a function of the geometry, reduced only when memory runs out.
+
+The shape of a matrix product determines how it is rounded, and in bfloat16 on a GPU a rounding difference can change a sampled
+code. The size of the pieces therefore never depends on the memory that happens to be free: a batch is split in the same way on
+every device of a class.
+"""
 
 from __future__ import annotations
 
@@ -6,48 +11,59 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-import psutil
 import torch
 
-from stages.common.runtime import UserError
+from stages.common.errors import UserError
 
 Result = TypeVar("Result")
-USED = 0.8  # share of the free memory; the rest is for activations and fragmentation
+GIBIBYTE = 1 << 30
+CLASS = 4 * GIBIBYTE  # GPUs of the same model report memory sizes that differ by less than this
+USED = 0.8  # fraction of the memory beside the weights; the rest is for activations and fragmentation
+ON_CPU = 8 * GIBIBYTE  # a constant, because other work shares the memory and larger pieces are hardly faster on a CPU
 
 
 class Memory:
-    """The memory of one device. A piece that did not fit is split and done again, and later pieces stay as small."""
+    """The memory of a device beside a model's weights, in bytes. A GPU's total is rounded down to a multiple of CLASS."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, weights: int) -> None:
         self.device = device
-        self.most: int | None = None  # bytes of the largest piece that may be tried
+        self.room = ON_CPU
+        if device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory // CLASS * CLASS
+            self.room = int(USED * (total - weights))
+        self.most: dict[str, int] = {}  # by task: the largest piece to try after one did not fit
 
-    def free(self) -> int:
-        """Bytes that can be allocated now; on a GPU with what torch has reserved and does not use."""
-        if self.device.type != "cuda":
-            return int(psutil.virtual_memory().available)
-        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return torch.cuda.mem_get_info(self.device)[0] + unused
+    def fit(self, bytes_each: int) -> int:
+        """Return how many images of that many bytes fit at once, but at least 1, because the number of bytes is an estimate."""
+        return max(1, self.room // bytes_each)
 
-    def pieces(self, count: int, bytes_each: int, work: Callable[[slice], Result]) -> list[Result]:
-        """`work` on consecutive slices of `range(count)`, as few as fit. UserError where not even one image does."""
+    def pieces(self, task: str, count: int, at_once: int, work: Callable[[slice], Result]) -> list[Result]:
+        """Return the results of `work` on consecutive slices of `range(count)`.
+
+        There are as few slices as `at_once` allows, of nearly equal sizes. A slice that runs out of memory is halved and run
+        again, and later slices of the same task are no larger. A message says so, because smaller slices may round
+        differently. Raises UserError when a single image does not fit.
+        """
         results, start = [], 0
-        room = int(USED * self.free())
         while start < count:
-            fit = max(1, min(room, self.most or room) // bytes_each)
-            stop = min(count, start + fit)
-            tried = stop - start
+            left, most = count - start, min(at_once, self.most.get(task, at_once))
+            size = -(-left // -(-left // most))  # both divisions round up
             try:
-                results.append(work(slice(start, stop)))
-                start = stop
+                results.append(work(slice(start, start + size)))
+                start += size
                 continue
             except torch.OutOfMemoryError as error:
-                if tried == 1:
+                if size == 1:
                     raise UserError(
-                        f"{self.device}: out of memory with one image ({error}); use a larger GPU or model.dtype bfloat16"
+                        f"{self.device}: out of memory while {task} one image ({error}); "
+                        "use a larger GPU or model.dtype bfloat16"
                     ) from None
-            self.most = tried // 2 * bytes_each
-            print(f"{tried} images at once did not fit on {self.device}; going on with {tried // 2}", file=sys.stderr)
+            self.most[task] = size // 2
+            print(
+                f"{task} {size} images at once did not fit on {self.device}; going on with at most {size // 2}, "
+                "which may round differently",
+                file=sys.stderr,
+            )
             if self.device.type == "cuda":
-                torch.cuda.empty_cache()  # only here, past the except clause, has the failed attempt let go of its tensors
+                torch.cuda.empty_cache()  # after the except clause, because its exception holds the tensors
         return results

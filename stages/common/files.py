@@ -1,12 +1,10 @@
-"""How a stage meets the outside: clear errors, whole files, progress."""
+"""Files that are whole or absent, and one writer at a time."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,38 +13,13 @@ from pathlib import Path
 
 import psutil
 
+from stages.common.errors import UserError
+
 DAY = 86_400  # seconds
 
 
-class UserError(Exception):
-    """Something the user can mend: the message names the file, the field and the remedy."""
-
-
-def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage's main; a UserError, a failing disk or a missing package becomes one line on stderr and exit code 1.
-
-    SIGTERM (a cluster's time limit, preemption or scancel) unwinds the stage, so that temporary files and helpers go.
-    """
-
-    def ended(*_: object) -> None:
-        sys.exit("error: ended by SIGTERM (cancelled, preempted or out of time); what was finished is kept, run again")
-
-    signal.signal(signal.SIGTERM, ended)
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except ModuleNotFoundError as error:
-        sys.exit(f"error: {error} on {socket.gethostname()}; this machine needs the environment of `make setup` ({sys.prefix})")
-    except BrokenPipeError:
-        sys.exit(1)
-    except OSError as error:
-        where = error.filename or "output"
-        sys.exit(f"error: {where}: {error.strerror or error}; check the path, its permissions and the free space")
-
-
 def process_lives(number: int) -> bool:
-    """Whether this machine runs a process of that number; one that was killed and not yet waited for is dead."""
+    """Whether this machine runs a process with that number. A killed process that nobody has waited for yet counts as dead."""
     try:
         os.kill(number, 0)
     except ProcessLookupError:
@@ -59,9 +32,10 @@ def process_lives(number: int) -> bool:
 
 
 def aside(path: Path) -> Path:
-    """A name beside `path` for what is being written; machine and process are in it, so that two writers do not meet.
+    """A temporary name beside `path`. It contains the machine and the process, so two writers never share it.
 
-    What killed writers left is removed: of this machine's at once, of another machine's after a day without a change.
+    Leftovers of killed writers are removed: those of this machine at once, those of other machines after a day without a
+    change, because their writers may still be alive.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     here = socket.gethostname()
@@ -75,7 +49,7 @@ def aside(path: Path) -> Path:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; on success it is synced and renamed, so a file that exists is whole."""
+    """Yield a temporary path beside `path`. On success it is synced and renamed, so a file that exists is complete."""
     temporary = aside(path)
     temporary.touch()
     try:
@@ -91,10 +65,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def claim(path: Path) -> Callable[[], None]:
-    """Write into `path` that this process is the writer now; the function returned raises UserError when another one is.
+    """Record in `path` that this process is the writer. The returned function raises UserError once another process is.
 
-    A cluster may start a job again while its first process lives on, on a node that it has lost sight of: the later one
-    takes over, the earlier one ends before it overwrites or removes anything.
+    A cluster may start a job again while its first process is still alive on a node that the cluster has lost contact with.
+    The later process takes over, and the earlier one stops before it overwrites or removes anything.
     """
     writer = f"{socket.gethostname()}, process {os.getpid()}, since {time.strftime('%F %T')}, claim {uuid.uuid4()}"
     with whole_file(path) as temporary:
@@ -109,7 +83,7 @@ def claim(path: Path) -> Callable[[], None]:
 
 
 def sync(path: Path) -> None:
-    """fsync of a file or a folder."""
+    """Call fsync on a file or a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

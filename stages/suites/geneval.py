@@ -1,0 +1,31 @@
+"""GenEval's prompts as a suite, from its metadata file. Its own scorer, an object detector, is not part of this suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from stages.suites.base import PromptRow, PromptSource, Suite
+from stages.suites.files import geneval_rows
+
+
+class GenevalPrompts(PromptSource):
+    source: Literal["geneval"]
+    files: Annotated[list[str], Field(min_length=1)] = Field(
+        description="GenEval's metadata (evaluation_metadata.jsonl), one JSON object with tag and prompt on each line."
+    )
+
+
+def rows(settings: GenevalPrompts) -> list[PromptRow]:
+    """Return the prompts of all files, in order."""
+    found: list[PromptRow] = []
+    for name in settings.files:
+        for row in geneval_rows(Path(name)):
+            row["split"] = "geneval"
+            found.append(row)
+    return found
+
+
+GENEVAL = Suite(GenevalPrompts, rows, files=lambda settings: settings.files)

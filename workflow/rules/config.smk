@@ -1,0 +1,73 @@
+"""Loads and validates the configuration, and derives the constants that the other rule files use.
+
+settings: the validated configuration (stages/common/config.py). NODES: the trained checkpoints (stages/tools/arms.py).
+"""
+
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from stages.common.config import WITHOUT_OUTCOME, validate
+from stages.common.errors import UserError
+from stages.common.fingerprints import code, read_settings
+from stages.common.registry import entry
+from stages.families import describe
+from stages.judges import judge_kind
+from stages.tools import arms as arm_tree
+
+try:
+    names = ", ".join(str(path) for path in workflow.configfiles)
+    settings = validate(dict(config), names)
+    if not settings.arms:
+        raise UserError(
+            f"{names}: arms is empty, so nothing would be trained; lay your file over a preset "
+            "(--configfile configs/janus-pro-7b.yaml mine.yaml), or add arms, as config.yaml does"
+        )
+    FAMILY = describe(settings.model.family)
+    FAMILY.files(Path(settings.model.checkpoint), "draw")  # raises UserError unless it is one of this family
+    NODES = arm_tree.nodes(settings)
+except UserError as error:
+    raise WorkflowError(str(error))
+
+USES = [entry("FAMILIES", settings.model.family)]  # the registry entries that drawing, judging and training use
+RUN = f"results/{settings.run}"
+CONFIG = f"{RUN}/run_config.yaml"
+SHARDS = [f"{number:04d}" for number in range(settings.generate.shards)]
+BENCHMARKS = list(settings.benchmarks)
+EVALUATED = ["base", *settings.arms]
+# Everything besides the weights on which a model's results depend. Device and batch sizes are not included.
+MODEL = {"family": settings.model.family, "dtype": settings.model.dtype}
+ORACLES = list(dict.fromkeys(filter(None, (settings.arm_pairs(arm).oracle for arm in settings.arms))))
+JUDGES = list(dict.fromkeys([*ORACLES, *(judge for name in BENCHMARKS for judge in settings.benchmark_judges(name))]))
+GPU_JUDGES = [name for name in JUDGES if judge_kind(settings.judge(name).kind).gpu]
+
+
+def read_by(stage, section, without=()):
+    """Return the settings of a section that a stage reads, as a rule's parameter: the rule re-runs when one of them changes."""
+    read = read_settings(section, stage, mentioned=USES)
+    return {key: value for key, value in read.items() if key not in without}
+
+
+def pattern(names):
+    """Return a wildcard constraint that matches exactly these names."""
+    return "|".join(name.replace(".", r"\.") for name in names) or "none"
+
+
+wildcard_constraints:
+    arm=pattern(settings.arms),
+    node=pattern(["base", *NODES]),
+    set=pattern(["train", "replay", *BENCHMARKS]),
+    benchmark=pattern(BENCHMARKS),
+    judge=pattern(JUDGES),
+    scores="scores|scores-of-base",
+    shard=r"\d{4}",
+
+
+# A cluster sends SIGTERM to every process of a job. tee must outlive the stage, or the log loses its last lines.
+shell.prefix("set -euo pipefail; logged() {{ trap '' TERM; exec tee \"$@\"; }}; ")
+
+
+def judge_uses(name):
+    """Return the registry entries that a judge uses: its kind and, if a model family judges, that family."""
+    chosen = settings.judge(name)
+    return [entry("JUDGES", chosen.kind), *judge_kind(chosen.kind).uses(chosen)]

@@ -1,0 +1,237 @@
+"""The paths of a run's results, and the functions that return the inputs of rules.
+
+results/<run>/prompts/<set>.parquet                                  set: train, or the name of a benchmark
+results/<run>/<node>/candidates/<set>/<shard>.parquet and .tar       node: base, or a trained checkpoint
+results/<run>/<node>/scores/<set>/<shard>.parquet                    the node's verdicts on its own images
+results/<run>/<node>/scores-of-base/<benchmark>/<shard>.parquet      the node's verdicts on the base model's images
+results/<run>/<node>/verdicts/<judge>/<set>/<shard>.parquet          an external judge's verdicts on the node's images
+results/<run>/<node>/metrics/<benchmark>.parquet                     the metrics with their intervals
+results/<run>/<arm>/pairs.parquet, discard.parquet                   arms with equal selections share the first arm's
+results/<run>/<node>/schedule.parquet, checkpoint/, training.parquet, replay/
+"""
+
+# Models
+
+
+def checkpoint_files(node, role):
+    """Return the files that identify a node's model in a role: when one changes, it is another model."""
+    if node != "base":
+        return [f"{RUN}/{node}/checkpoint/{FAMILY.trained_file}"]
+    return [str(path) for path in FAMILY.files(Path(settings.model.checkpoint), role)]
+
+
+def checkpoint_folder(node):
+    return settings.model.checkpoint if node == "base" else f"{RUN}/{node}/checkpoint"
+
+
+def parent_checkpoint(wildcards):
+    parent = NODES[wildcards.node].parent
+    return checkpoint_files(parent, "train") if parent else []
+
+
+# Prompts
+
+
+def chosen_prompts(name):
+    """Return the settings of a set of prompts."""
+    return settings.prompts if name == "train" else settings.benchmarks[name].prompts
+
+
+def prompt_files(wildcards):
+    from stages.suites import open_suite
+
+    chosen = chosen_prompts(wildcards.set)
+    return [*open_suite(chosen.source).files(chosen), *chosen.exclude]
+
+
+def prompt_manifest(wildcards):
+    """Return the prompts of a set; for a replay, those of the discard pool."""
+    if wildcards.set == "replay":
+        return f"{RUN}/{wildcards.node}/replay/pool.parquet"
+    return f"{RUN}/prompts/{wildcards.set}.parquet"
+
+
+# Candidates, scores and verdicts
+
+
+def images_per_prompt(wildcards):
+    if wildcards.set in BENCHMARKS:
+        return settings.benchmarks[wildcards.set].images_per_prompt
+    if wildcards.set == "replay":
+        return settings.arms[NODES[wildcards.node].arm].candidates or settings.generate.candidates
+    return settings.generate.candidates
+
+
+def shard_files(node, kind, images):
+    """Return the manifests of all shards. kind: candidates, scores, scores-of-base, or verdicts/<judge>."""
+    return expand(f"{RUN}/{node}/{kind}/{images}/{{shard}}.parquet", shard=SHARDS)
+
+
+def candidate_manifest(wildcards):
+    """Return the manifest of the images to judge: the node's own, or the base model's."""
+    node = "base" if wildcards.get("scores") == "scores-of-base" else wildcards.node
+    return f"{RUN}/{node}/candidates/{wildcards.set}/{wildcards.shard}.parquet"
+
+
+def image_shard(wildcards):
+    return str(Path(candidate_manifest(wildcards)).with_suffix(".tar"))
+
+
+def verdict_files(node, benchmark):
+    """Return the verdicts of all external judges of a benchmark."""
+    return [
+        path for judge in settings.benchmark_judges(benchmark) for path in shard_files(node, f"verdicts/{judge}", benchmark)
+    ]
+
+
+def judged_categories(wildcards):
+    """Return the categories of a judge that is only a scorer for some categories; empty if it judges all images."""
+    if wildcards.set not in BENCHMARKS or wildcards.judge == settings.benchmarks[wildcards.set].judge:
+        return []
+    return [category for category, judge in settings.scorers(wildcards.set).items() if judge == wildcards.judge]
+
+
+def judge_files(wildcards):
+    chosen = settings.judge(wildcards.judge)
+    return judge_kind(chosen.kind).files(chosen)
+
+
+# Selection
+
+
+def selecting(arm):
+    """Return the folder whose verdicts select an arm's data: the model's own scores, or for a control an oracle's verdicts."""
+    oracle = settings.arm_pairs(arm).oracle
+    return f"verdicts/{oracle}" if oracle else "scores"
+
+
+def selection_settings(arm):
+    """Return exactly the settings that an arm's selection reads."""
+    chosen = settings.arms[arm]
+    return {
+        "objective": chosen.objective,
+        "candidates": chosen.candidates,
+        "pairs": read_by("stages.pairs", settings.arm_pairs(arm)),
+        "seed": settings.seed,
+    }
+
+
+def selection_folder(arm):
+    """Return the folder that holds an arm's selection."""
+    return f"{RUN}/{arm_tree.selection_owner(settings, arm)}"
+
+
+# Replay
+
+
+def pool_before(wildcards):
+    """Return the discard manifest before a node's replay: that of its previous replay, or that of the selection."""
+    node = NODES[wildcards.node]
+    if node.replays:
+        return f"{RUN}/{node.replays[-1]}/replay/waiting.parquet"
+    return f"{selection_folder(node.arm)}/discard.parquet"
+
+
+def replay_scores(wildcards):
+    return shard_files(wildcards.node, selecting(NODES[wildcards.node].arm), "replay")
+
+
+def replay_nodes():
+    """Return every node whose replay adds to an arm's training data."""
+    return list(dict.fromkeys(replay for arm in settings.arms for replay in NODES[arm].replays))
+
+
+def waiting_pools():
+    return [f"{RUN}/{replay}/replay/waiting.parquet" for replay in replay_nodes()]
+
+
+# Training
+
+
+def training_settings(node):
+    """Return exactly the settings on which a node's weights depend."""
+    arm = NODES[node].arm
+    train = settings.arm_train(arm)
+    read = read_by("stages.train", train, without=WITHOUT_OUTCOME)
+    asked = {"score": read_by("stages.train", settings.score, without=["batch_size"])} if train.judge_anchor_weight else {}
+    return {"objective": settings.arms[arm].objective, "seed": settings.seed, **read, **asked}
+
+
+def pairs_name(node):
+    """Return the name of the pairs manifest. DPO trains on pairs with reference log-probabilities."""
+    return "reference.parquet" if settings.arms[NODES[node].arm].objective == "dpo" else "pairs.parquet"
+
+
+def first_pairs(wildcards):
+    return f"{selection_folder(NODES[wildcards.node].arm)}/{pairs_name(wildcards.node)}"
+
+
+def replayed_pairs(wildcards):
+    return [f"{RUN}/{replay}/replay/{pairs_name(wildcards.node)}" for replay in NODES[wildcards.node].replays]
+
+
+def replay_arguments(wildcards):
+    epochs = [NODES[replay].epoch for replay in NODES[wildcards.node].replays]
+    return [f"--replayed {epoch} {path}" for epoch, path in zip(epochs, replayed_pairs(wildcards))]
+
+
+def training_candidates(wildcards):
+    replayed = [path for replay in NODES[wildcards.node].replays for path in shard_files(replay, "candidates", "replay")]
+    return shard_files("base", "candidates", "train") + replayed
+
+
+def anchor_scores(wildcards):
+    """Return the base model's scores of its own candidates for arms with the judge anchor, otherwise nothing."""
+    anchored = settings.arm_train(NODES[wildcards.node].arm).judge_anchor_weight
+    return shard_files("base", "scores", "train") if anchored else []
+
+
+def reference_candidates(wildcards):
+    """Return the candidates of the pairs. The wildcard owner is an arm, or <node>/replay."""
+    owner = Path(wildcards.owner)
+    replayed = owner.name == "replay"
+    return shard_files(str(owner.parent), "candidates", "replay") if replayed else shard_files("base", "candidates", "train")
+
+
+def reference_epochs(wildcards):
+    """Return how many epochs need a reference: 1 for an exact likelihood, otherwise those of the longest arm."""
+    if FAMILY.likelihood == "exact":
+        return 1
+    owner = Path(wildcards.owner)
+    arm = NODES[str(owner.parent)].arm if owner.name == "replay" else wildcards.owner
+    owned = [
+        name for name in settings.arms if arm_tree.selection_owner(settings, name) == arm_tree.selection_owner(settings, arm)
+    ]
+    return max(settings.arms[name].epochs for name in owned)
+
+
+def continued_work(wildcards):
+    """Return the argument that names the training that this one continues."""
+    parent = NODES[wildcards.node].parent
+    return f"--continue {RUN}/{parent}/work" if parent else ""
+
+
+# Report
+
+
+def metrics_files():
+    return [f"{RUN}/{node}/metrics/{benchmark}.parquet" for benchmark in BENCHMARKS for node in EVALUATED]
+
+
+def shown_pairs():
+    """Return the pairs of the first arm of each objective."""
+    first = {arm.objective: name for name, arm in reversed(settings.arms.items())}
+    return [f"{selection_folder(name)}/pairs.parquet" for name in first.values()]
+
+
+def shown_verdicts():
+    """Return the verdicts shown on the contact sheet, which are those of the first benchmark's judge."""
+    judge = settings.benchmarks[BENCHMARKS[0]].judge
+    return [f"{RUN}/{node}/verdicts/{judge}/{BENCHMARKS[0]}/{SHARDS[0]}.parquet" for node in EVALUATED] if judge else []
+
+
+def final_outputs():
+    """Return the final outputs of a run: the table and the contact sheet or, without a benchmark, the arms' checkpoints."""
+    if not BENCHMARKS:
+        return [path for arm in settings.arms for path in checkpoint_files(arm, "draw")] + waiting_pools()
+    return [f"{RUN}/summary.csv", f"{RUN}/contact_sheet.png", *waiting_pools()]
