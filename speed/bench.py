@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -16,6 +13,7 @@ import torch
 
 from speed.cost import Cost
 from speed.models import NAMES
+from speed.records import commit, processor, write
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -34,8 +32,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def device_name(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    found = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return f"{found[0] if found else platform.processor()}, {torch.get_num_threads()} threads"
+    return f"{processor()}, {torch.get_num_threads()} threads"
 
 
 def timed(device: str, work: Callable[[], Any]) -> tuple[float, int | None]:
@@ -54,8 +51,8 @@ def timed(device: str, work: Callable[[], Any]) -> tuple[float, int | None]:
 def result(
     name: str, images: int, seconds: float, peak: int | None, least: Cost, device: str, devices: int = 1
 ) -> dict[str, Any]:
-    """A way's row of the table and the JSON; the floor is that of `devices` of its device."""
-    floor = least.floor_seconds(device_name(device))
+    """A way's row of the table and the JSON; the floor is that of `devices` of its device, and of no cost there is none."""
+    floor = least.floor_seconds(device_name(device)) or None
     return {
         "name": name,
         "images_per_second": images / seconds,
@@ -83,29 +80,34 @@ def compare(
     return results
 
 
+def facts(name: str, device: str, dtype: str) -> dict[str, Any]:
+    """What a JSON says of the run beside its results."""
+    return {
+        "benchmark": name,
+        "device": device_name(device),
+        "dtype": dtype,
+        "versions": {package: version(package) for package in ("torch", "transformers")},
+        "commit": commit(),
+    }
+
+
+def line(row: dict[str, Any], width: int = 26, unit: str = "images") -> str:
+    """A result as a line of the table, with `width` letters for its name."""
+    floor = row["fraction_of_floor"]
+    share = "" if floor is None else f"{100 * floor:8.1f} % of the floor"
+    memory = "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**30:8.2f} GiB"
+    return (
+        f"{row['name']:<{width}} {row['images_per_second']:9.2f} {unit}/s {row['seconds_per_1000_images']:10.1f} s/1000"
+        f"{memory}{share}"
+    )
+
+
 def report(name: str, arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     """Print the table; write the JSON where --out is given."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    facts = {
-        "benchmark": name,
-        "config": arguments.config,
-        "prompts": arguments.prompts,
-        "candidates": arguments.candidates,
-        "device": device_name(arguments.device),
-        "dtype": arguments.dtype,
-        "versions": {package: version(package) for package in ("torch", "transformers")},
-        "commit": commit,
-        "results": results,
-    }
-    print(f"{name}, {arguments.config}, {arguments.prompts} x {arguments.candidates}, {facts['device']}, {arguments.dtype}")
+    told = facts(name, arguments.device, arguments.dtype)
+    told |= {key: getattr(arguments, key) for key in ("config", "prompts", "candidates")} | {"results": results}
+    print(f"{name}, {arguments.config}, {arguments.prompts} x {arguments.candidates}, {told['device']}, {arguments.dtype}")
     for row in results:
-        floor = row["fraction_of_floor"]
-        share = "" if floor is None else f"{100 * floor:8.1f} % of the floor"
-        memory = "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**30:8.2f} GiB"
-        print(
-            f"{row['name']:<26} {row['images_per_second']:9.2f} images/s {row['seconds_per_1000_images']:10.1f} s/1000"
-            f"{memory}{share}"
-        )
+        print(line(row))
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(facts, indent=2) + "\n")
+        write(arguments.out, told)

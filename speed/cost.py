@@ -9,6 +9,22 @@ from transformers import JanusConfig
 from stages.families.tools.devices import DEVICES
 
 
+@dataclass(frozen=True)
+class Goal:
+    """What this project wants to reach on GOAL_DEVICE: at most `value` of seconds, or at least `value` of the floor."""
+
+    key: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.value:g} s/1000" if self.key.startswith("seconds") else f"{100 * self.value:g} %"
+
+
+GOAL_DEVICE = "H100"
+DRAWING, JUDGING = Goal("seconds_per_1000_images", 100), Goal("seconds_per_1000_images", 20)  # with Janus-Pro-7B
+TRAINING = Goal("fraction_of_floor", 0.45)
+
+
 @dataclass
 class Cost:
     """Of one image: bytes read from memory, and floating-point operations."""
@@ -61,6 +77,10 @@ def scoring(config: JanusConfig, question: int, itemsize: int) -> Cost:
     return Cost(tokens * text.hidden_size * itemsize, matrices + attention)
 
 
-def training(config: JanusConfig, flops: float, itemsize: int, batch: int) -> Cost:
-    """A sample of `flops`, forward and backward, recomputed activations not counted; weights are read once in each."""
-    return Cost(2 * llm_parameters(config) * itemsize / batch, flops)
+def training(config: JanusConfig, forward: float, lora: bool, itemsize: int, batch: int) -> Cost:
+    """Training on a sample whose forward pass takes `forward` FLOPs; `batch` of them share the reading of the weights.
+
+    Weights are read once forward and once backward. Backward computes gradients of activations and, but for LoRA, of weights,
+    each as much as forward; activations that are computed again are not counted.
+    """
+    return Cost(2 * llm_parameters(config) * itemsize / batch, (2 if lora else 3) * forward)

@@ -17,25 +17,16 @@ import torch
 
 from speed import cost
 from speed.bench import compare, parser, report
+from speed.data import GUIDANCE, SAMPLING, sample_prompts
 from speed.models import open_model
 from stages.common.seeds import candidate_seed
-from stages.families.base import Sampling
 from stages.families.janus.family import Janus
-from stages.shapes.grammar import CATEGORIES, split_meanings
-
-GUIDANCE = 5.0
-
-
-def sample_prompts(count: int) -> list[str]:
-    """Prompts of all categories and so of many lengths."""
-    pools = [split_meanings(category, "post-training") for category in CATEGORIES]
-    return [pools[i % len(pools)][7 * (i // len(pools))].prompt() for i in range(count)]
 
 
 def engine(family: Janus, prompts: list[str], candidates: int) -> None:
     texts = sorted((prompt for prompt in prompts for _ in range(candidates)), key=family.bucket)
     seeds = np.array([candidate_seed(0, text, 0, i) for i, text in enumerate(texts)])
-    family.generate(texts, seeds, Sampling(GUIDANCE))
+    family.generate(texts, seeds, SAMPLING)
 
 
 def padded(family: Janus, prompts: list[str]) -> dict[str, torch.Tensor]:

@@ -5,15 +5,13 @@ Geometry of Janus-Pro: the config.json of deepseek-community/Janus-Pro-1B and Ja
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from transformers import JanusConfig, JanusForConditionalGeneration, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
+from speed.records import ROOT
 from stages.families.janus.family import Janus
 from stages.shapes.tiny_janus import make_processor
 
-ROOT = Path(__file__).resolve().parents[1]
 # hidden, layers, heads, feed-forward, vocabulary
 LLM = {
     "janus-100m": (768, 10, 12, 2560, 8192),

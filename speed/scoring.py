@@ -16,7 +16,7 @@ import torch
 
 from speed import cost
 from speed.bench import compare, parser, report
-from speed.generation import sample_prompts
+from speed.data import question, sample_prompts
 from speed.models import open_model
 from stages.families.janus.family import Janus
 
@@ -28,8 +28,8 @@ def engine(family: Janus, images: np.ndarray, questions: list[str], candidates: 
 @torch.no_grad()
 def transformers(family: Janus, images: np.ndarray, questions: list[str], candidates: int) -> None:
     texts = []
-    for question in questions:
-        turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    for asked in questions:
+        turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": asked}]}]
         texts.append(family.processor.apply_chat_template(turn, add_generation_prompt=True))
     inputs = family.processor(text=texts, images=list(images), return_tensors="pt", padding=True)
     inputs = {name: value.to(family.device) for name, value in inputs.items()}
@@ -52,12 +52,8 @@ def main() -> None:
     size = family.processor.image_processor.size["height"]
     count = arguments.prompts * arguments.candidates
     images = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
-    questions = [
-        family.question.replace("{prompt}", prompt)
-        for prompt in sample_prompts(arguments.prompts)
-        for _ in range(arguments.candidates)
-    ]
-    length = round(np.mean([len(family.tokenizer.encode(question)) for question in questions[:: arguments.candidates]]))
+    questions = [question(prompt) for prompt in sample_prompts(arguments.prompts) for _ in range(arguments.candidates)]
+    length = round(np.mean([len(family.tokenizer.encode(asked)) for asked in questions[:: arguments.candidates]]))
     least = cost.scoring(family.model.config, int(length), family.model.dtype.itemsize)
     ways = {name: partial(way, family, images, questions, arguments.candidates) for name, way in WAYS.items()}
     report("scoring", arguments, compare(arguments, ways, count, least))

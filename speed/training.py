@@ -11,8 +11,12 @@ and the floor is the device's dense bfloat16 peak: its fraction is the fraction 
 
 from __future__ import annotations
 
+import math
+import signal
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,47 +28,58 @@ from transformers.trainer_utils import SaveStrategy
 
 from speed import cost
 from speed.bench import parser, report, result
-from speed.generation import sample_prompts
+from speed.data import Rows, mean_length, samples
 from speed.models import open_model
 from stages.common.config import Train
 from stages.families.base import TrainingView
 from stages.families.janus.family import Janus
-from stages.training.launch import launched, local_rank, rank
-from stages.training.trainer import Stop, Watch, freeze, join, leave, make_trainer, trained
+from stages.training.launch import STOP_SIGNALS, launched, local_rank, rank
+from stages.training.trainer import Job, Stop, StopSaveLog, freeze, join, leave, make_trainer, trained
 
+Way = Callable[[TrainingView, Rows, Train, int, Path], Any]
 WARM = 1  # optimizer steps before the clock starts
 
 
 class Clock(TrainerCallback):
-    """Seconds from the end of the warm-up to the end of the last step."""
+    """Steps and seconds from the end of the warm-up; ends the training where another step would pass `limit` seconds."""
 
     start = seconds = 0.0
+    steps = 0
+    peak: int | None = None  # bytes allocated on a GPU
+
+    def __init__(self, limit: float = math.inf) -> None:
+        self.limit = limit
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if args.device.type == "cuda":
             torch.cuda.synchronize()
-        self.seconds = time.perf_counter() - self.start
-        if state.global_step == WARM:
+            self.peak = torch.cuda.max_memory_allocated()
+        if state.global_step <= WARM:
             self.start = time.perf_counter()
+            return
+        self.seconds, self.steps = time.perf_counter() - self.start, state.global_step - WARM
+        control.should_training_stop |= self.seconds * (self.steps + 1) / self.steps > self.limit
 
 
-def samples(family: Janus, prompts: int, count: int) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, image ids) of `count` samples: random codes after prompts of many lengths."""
-    texts = sample_prompts(prompts)
-    codes = np.random.default_rng(0).integers(0, family.model.config.vq_config.num_embeddings, (count, family.image_length))
-    return family.training_rows([texts[i % prompts] for i in range(count)], codes)
-
-
-def trl(view: TrainingView, data: list[tuple[list[int], list[int]]], settings: Train, steps: int, work: Path) -> Any:
-    rows = Dataset.from_list([{"input_ids": prompt + image, "labels": [-100] * len(prompt) + image} for prompt, image in data])
-    length = sum(len(prompt) + len(image) for prompt, image in data) / len(data)
-    watch = Watch(settings, Stop(), lambda: None, work, view.flops, length)
-    trainer = make_trainer(view, rows, settings, work, steps, 0, False, watch, None)
+def trl(view: TrainingView, data: Rows, settings: Train, steps: int, work: Path, reference: np.ndarray | None = None) -> Any:
+    """This project's trainer; DPO where `data` and `reference` are those of `preferences`."""
+    rows = [{"input_ids": prompt + image, "labels": [-100] * len(prompt) + image} for prompt, image in data]
+    if reference is not None:
+        names = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
+        half = len(data) // 2
+        pairs = zip(data[:half], data[half:], reference[:half], reference[half:], strict=True)
+        rows = [
+            dict(zip(names, (prompt, chosen, rejected, one, two), strict=True))
+            for (prompt, chosen), (_, rejected), one, two in pairs
+        ]
+    callback = StopSaveLog(settings, Stop(), lambda: None, work, 0.0)  # it tells no speed, the clock does
+    dpo = reference is not None
+    trainer = make_trainer(Job(view, Dataset.from_list(rows), settings, work, steps=steps, seed=0, dpo=dpo, callback=callback))
     trainer.args.save_strategy = SaveStrategy.NO
     return trainer
 
 
-def transformers(view: TrainingView, data: list[tuple[list[int], list[int]]], settings: Train, steps: int, work: Path) -> Any:
+def transformers(view: TrainingView, data: Rows, settings: Train, steps: int, work: Path) -> Any:
     width = max(len(prompt) + len(image) for prompt, image in data)
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -96,6 +111,28 @@ def transformers(view: TrainingView, data: list[tuple[list[int], list[int]]], se
 WAYS = {"trl": trl, "transformers-trainer": transformers}
 
 
+def clocked(way: Way, family: Janus, data: Rows, settings: Train, clock: Clock, steps: int) -> None:
+    """Train for the warm-up and at most `steps` steps more; the clock tells how it went."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}  # the trainer's would outlive it
+    if family.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        with tempfile.TemporaryDirectory() as work:
+            trainer = way(family.training_view(), data, settings, WARM + steps, Path(work))
+            trainer.add_callback(clock)
+            trainer.train()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def clocked_trl(family: Janus, data: Rows, reference: np.ndarray | None, lora: int, clock: Clock, steps: int) -> None:
+    """The same for this project's trainer, on one process and one batch; with a reference it is DPO's."""
+    batch = len(data) if reference is None else len(data) // 2
+    settings = Train(batch_size=batch, micro_batch_size=batch, lora_rank=lora)
+    clocked(partial(trl, reference=reference), family, data, settings, clock, steps)
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--steps", type=int, default=3, help="optimizer steps on the clock")
@@ -122,27 +159,19 @@ def main() -> None:
         join(cpu=arguments.device == "cpu")
         if arguments.device != "cpu":
             torch.cuda.set_device(local_rank() or 0)
-    steps = WARM + arguments.steps
     results: list[dict[str, Any]] = []
     for name, way in WAYS.items():
         if (arguments.only and name not in arguments.only) or (name != "trl" and (settings.deepspeed or settings.lora_rank)):
             continue
         family = open_model(arguments.config, arguments.device, arguments.dtype)
-        data = samples(family, arguments.prompts, batch * steps)
-        view, clock = family.training_view(), Clock()
-        if arguments.device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats()
-        with tempfile.TemporaryDirectory() as work:
-            trainer = way(view, data, settings, steps, Path(work))
-            trainer.add_callback(clock)
-            trainer.train()
-        length = round(sum(len(prompt) + len(image) for prompt, image in data) / len(data))
-        flops = view.flops(length) * (2 if settings.lora_rank else 3)
-        least = cost.training(family.model.config, flops, family.model.dtype.itemsize, settings.micro_batch_size)
-        peak = torch.cuda.max_memory_allocated() if arguments.device.startswith("cuda") else None
-        made = batch * arguments.steps
-        results.append(result(name, made, clock.seconds, peak, least, arguments.device, settings.gpus))
-        del trainer, view, family
+        data = samples(family, arguments.prompts, batch * (WARM + arguments.steps))
+        forward, itemsize, lora = family._flops(mean_length(data)), family.model.dtype.itemsize, settings.lora_rank > 0
+        least = cost.training(family.model.config, forward, lora, itemsize, settings.micro_batch_size)
+        clock = Clock()
+        clocked(way, family, data, settings, clock, arguments.steps)
+        made = batch * clock.steps
+        results.append(result(name, made, clock.seconds, clock.peak, least, arguments.device, settings.gpus))
+        del family
         if arguments.device.startswith("cuda"):
             torch.cuda.empty_cache()
     if rank() == 0:
