@@ -43,6 +43,12 @@ EDITS: dict[str, tuple[str, str, str, set[str]]] = {
         '    spare: int = Field(default=0, description="Nothing reads it.")\n    lora_alpha: Positive',
         set(),
     ),
+    "a new setting of a suite that nothing reads": (
+        "stages/suites/shapes.py",
+        "    categories: list[str] = Field(",
+        '    spare: int = Field(default=0, description="Nothing reads it.")\n    categories: list[str] = Field(',
+        set(),
+    ),
     "a new family": (FAMILIES, "FAMILIES = {\n", 'FAMILIES = {\n    "other": "stages.families.other:OTHER",\n', set()),
     "a new kind of judge": (JUDGES, "JUDGES = {\n", 'JUDGES = {\n    "again": "stages.judges.shapes:SHAPES",\n', set()),
     "a new suite": (SUITES, "SUITES = {\n", 'SUITES = {\n    "again": "stages.suites.shapes:SHAPES",\n', set()),

@@ -107,7 +107,7 @@ class Train(Section):
 
     trainable: str = Field(
         default="llm",
-        description="Parameter groups of the family, joined by plus signs. The paper trains llm alone; Janus also has text "
+        description="Parameter groups of the family, joined by plus signs. The paper trains only llm; Janus also has text "
         "(text embedding and text head), projector and vision.",
     )
     lora_rank: Annotated[int, Field(ge=0)] = Field(

@@ -42,9 +42,9 @@ JUDGES = list(dict.fromkeys([*ORACLES, *(judge for name in BENCHMARKS for judge 
 GPU_JUDGES = [name for name in JUDGES if judge_kind(settings.judge(name).kind).gpu]
 
 
-def read_by(stage, section, without=()):
+def read_by(stage, section, without=(), uses=USES):
     """Return the settings of a section that a stage reads, as a rule's parameter: the rule re-runs when one of them changes."""
-    read = read_settings(section, stage, mentioned=USES)
+    read = read_settings(section, stage, mentioned=uses)
     return {key: value for key, value in read.items() if key not in without}
 
 

@@ -37,6 +37,11 @@ def chosen_prompts(name):
     return settings.prompts if name == "train" else settings.benchmarks[name].prompts
 
 
+def suite_uses(name):
+    """Return the registry entry that a set of prompts uses."""
+    return [entry("SUITES", chosen_prompts(name).source)]
+
+
 def prompt_files(wildcards):
     from stages.suites import open_suite
 

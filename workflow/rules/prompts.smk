@@ -15,9 +15,9 @@ rule prompts:
     resources:
         mem_mb=1000,
     params:
-        code=lambda wildcards: code("stages.prompts", mentioned=[entry("SUITES", chosen_prompts(wildcards.set).source)]),
+        code=lambda wildcards: code("stages.prompts", mentioned=suite_uses(wildcards.set)),
         config=CONFIG,
-        settings=lambda wildcards: chosen_prompts(wildcards.set).model_dump(),
+        settings=lambda wildcards: read_by("stages.prompts", chosen_prompts(wildcards.set), uses=suite_uses(wildcards.set)),
         seed=lambda wildcards: settings.seed if wildcards.set == "train" else 0,
     message:
         "Prompts: {wildcards.set}"
