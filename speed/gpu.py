@@ -3,14 +3,14 @@
     python -m speed.gpu                                    writes speed/results/gpu-<device>.json
     python -m speed.gpu --device cpu --geometry tiny       the same code within seconds on a CPU, for tests
 
-The weights are random and made on the device, since speed depends on shapes alone. A line of the table is one measurement:
+The weights are random and made on the device, since speed depends only on shapes. A line of the table is one measurement:
 
 draw, some steps     `batch` guided images of one prompt at once. The decode steps measured are those with a nearly empty, a
                      half full and a nearly full key-value cache, as a step's cost grows with it. The figure is that of whole
                      images: their mean times the image's tokens, the prompt's prefill and the pixels measured apart.
                      "two lengths": the prompts of half of the rows are a token longer, so attention reads a mask.
 draw, whole images   the family's `generate` from prompt to pixels, which may cut the batch into pieces that fit.
-pixels               codes to pictures alone, a part of both of the above; it is not in the floor.
+pixels               only codes to pictures, a part of both of the above; it is not in the floor.
 judge                the family's `p_yes`, pictures and questions as the stage has them.
 sft, dpo             optimizer steps at the largest batch of 32, 16, 8, ... sequences that fits; "plain" is a PyTorch loop,
                      "TRL" this project's trainer. A sample of DPO is a pair. AdamW on all of a 7B model needs 110 GB, so it

@@ -2,7 +2,7 @@
 
     python -m speed.scoring --config janus-100m --prompts 4 --candidates 10 --out speed/results/scoring-100m.json
 
-engine                     this project's: large batches, logits of the last position alone
+engine                     this project's: large batches, logits of the last position only
 transformers-one-prompt    the processor and `forward`, one prompt's N candidates a call
 transformers-batch         the same, all in one call
 """

@@ -96,6 +96,13 @@ def judged_categories(wildcards):
     return [category for category, judge in settings.scorers(wildcards.set).items() if judge == wildcards.judge]
 
 
+def judge_settings(name):
+    """Return the settings of a judge that its code reads and on which its verdicts depend."""
+    chosen = settings.judge(name)
+    read = read_by("stages.judge", chosen, uses=judge_uses(name))
+    return {key: value for key, value in chosen.outcome().items() if key in read}
+
+
 def judge_files(wildcards):
     chosen = settings.judge(wildcards.judge)
     return judge_kind(chosen.kind).files(chosen)

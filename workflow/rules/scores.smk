@@ -63,7 +63,7 @@ rule judge:
     params:
         code=lambda wildcards: code("stages.judge", mentioned=judge_uses(wildcards.judge)),
         config=CONFIG,
-        judge=lambda wildcards: settings.judge(wildcards.judge).outcome(),
+        judge=lambda wildcards: judge_settings(wildcards.judge),
         categories=lambda wildcards: (
             [f"--categories {' '.join(judged_categories(wildcards))}"] if judged_categories(wildcards) else []
         ),

@@ -7,7 +7,7 @@ The geometry comes from config.json and from what upstream's code fixes, never f
 is checked before it is put in place: text logits after a picture, image logits and decoded pixels must equal those that
 upstream's own operations (deepseek-ai/Janus, janus/models/) give on the tensors as they came. Both sides compute in float32,
 layer by layer, so that weights in bfloat16 are checked as exactly and need no second copy in memory. The VQ encoder, which
-this project does not use, is converted by name and shape alone.
+this project does not use, is converted only by name and shape.
 """
 
 from __future__ import annotations
