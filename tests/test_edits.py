@@ -49,6 +49,18 @@ EDITS: dict[str, tuple[str, str, str, set[str]]] = {
         '    spare: int = Field(default=0, description="Nothing reads it.")\n    categories: list[str] = Field(',
         set(),
     ),
+    "a new setting of a judge that nothing reads": (
+        "stages/judges/shapes.py",
+        '    kind: Literal["shapes"]\n',
+        '    kind: Literal["shapes"]\n    spare: int = 0\n',
+        set(),
+    ),
+    "a new setting of the sampling that nothing reads": (
+        "stages/families/janus/__init__.py",
+        "    temperature: Annotated",
+        '    spare: int = Field(default=0, description="Nothing reads it.")\n    temperature: Annotated',
+        set(),
+    ),
     "a new family": (FAMILIES, "FAMILIES = {\n", 'FAMILIES = {\n    "other": "stages.families.other:OTHER",\n', set()),
     "a new kind of judge": (JUDGES, "JUDGES = {\n", 'JUDGES = {\n    "again": "stages.judges.shapes:SHAPES",\n', set()),
     "a new suite": (SUITES, "SUITES = {\n", 'SUITES = {\n    "again": "stages.suites.shapes:SHAPES",\n', set()),

@@ -45,7 +45,7 @@ from stages.common.syntax import Dotted, Module, Reader, Unit
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("stages", "speed")
 REGISTRIES = {"FAMILIES", "JUDGES", "SCHEMAS", "SUITES"}  # of these tables a run uses only the entries that it names
-PYDANTIC = "pydantic.BaseModel"
+SETTINGS = ("pydantic.", "stages.common.settings.", "stages.common.config.")  # where base classes of settings come from
 # The configuration supplies settings, and rules pass those as parameters. The fingerprints themselves change no result.
 NEVER = {__name__, "stages.common.syntax", "stages.common.config", "stages.common.settings"}
 
@@ -97,6 +97,11 @@ def _lineage(unit: Unit) -> tuple[list[Unit], set[str]]:
     return classes, outside
 
 
+def _holds_settings(unit: Unit) -> bool:
+    """Return whether a class is a pydantic class."""
+    return any(base.startswith(SETTINGS) for base in _lineage(unit)[1])
+
+
 @cache
 def _members(unit: Unit) -> dict[str, list[Unit]]:
     """Return the statements in a class body by the name that they define.
@@ -105,7 +110,7 @@ def _members(unit: Unit) -> dict[str, list[Unit]]:
     """
     members: dict[str, list[Unit]] = defaultdict(list)
     for node in unit.node.body:
-        if not syntax.is_prose(node) and not (PYDANTIC in _lineage(unit)[1] and syntax.is_setting(node)):
+        if not syntax.is_prose(node) and not (_holds_settings(unit) and syntax.is_setting(node)):
             field_only = isinstance(node, ast.AnnAssign) and not (node.value and "dataclass" in syntax.decorators(unit.node))
             names = [] if field_only else syntax.defined(node)
             name = names[0] if len(names) == 1 else ""
@@ -198,13 +203,15 @@ def _class(unit: Unit, reader: Reader, facts: Facts) -> None:
     A pydantic class also leads to the classes of its fields.
     """
     node, (lineage, outside) = unit.node, _lineage(unit)
-    foreign = bool(outside - {PYDANTIC} or node.keywords or syntax.registers(node))  # code from outside may call any member
+    settings = _holds_settings(unit)
+    others = [base for base in outside if not base.startswith(SETTINGS)]
+    foreign = bool(others or node.keywords or syntax.registers(node))  # code from outside may call any member
     for owner in lineage if foreign else [unit]:
         for name, members in _members(owner).items():
-            used = foreign or not name or name.startswith(("__", "model_") if PYDANTIC in outside else "__")
+            used = foreign or not name or name.startswith(("__", "model_") if settings else "__")
             facts.targets += [member for member in members if used or syntax.registers(member.node)]
             facts.parts[name] = members
-    if PYDANTIC in outside:  # its methods count, but the existence of the class does not
+    if settings:  # its methods count, but the existence of the class does not
         reader.text = []
         fields = [statement for statement in node.body if isinstance(statement, ast.AnnAssign)]
         facts.targets += [found for field in fields for found in _field_classes(unit.module, [field.annotation, field.value])]
