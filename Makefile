@@ -52,7 +52,12 @@ study: setup
 		--configfile config.yaml configs/study.yaml --config seed=$$seed run=study-$$seed -- all audit || exit 1; done
 	$(BIN)/python -m stages.tools.study --runs $(SEEDS:%=results/study-%) --out docs/study.csv --plot docs/study.png
 
-# Repeats models/tiny-janus from nothing: the image tokenizer, then the language model (an hour on two cores).
+# Repeats models/tiny-janus from nothing: the image tokenizer, the vision encoder, then the language model. With another seed:
+# make tiny-model SEED=1 MODEL=results/pretraining/seed-1/model
+SEED := 0
+MODEL := models/tiny-janus
+PRETRAINING := results/pretraining/seed-$(SEED)
 tiny-model: setup
-	$(BIN)/python -m stages.shapes.train_codes --out results/pretraining
-	$(BIN)/python -m stages.shapes.train_model --codes results/pretraining/codes.safetensors --out models/tiny-janus
+	$(BIN)/python -m stages.shapes.train_codes --seed $(SEED) --out $(PRETRAINING)
+	$(BIN)/python -m stages.shapes.train_encoder --seed $(SEED) --out $(PRETRAINING)
+	$(BIN)/python -m stages.shapes.train_model --seed $(SEED) --work $(PRETRAINING) --out $(MODEL)

@@ -95,7 +95,7 @@ def large(folder: Path, shards: int = SHARDS) -> Path:
     for name, count in PROMPTS.items():
         (folder / f"{name}.txt").write_text("".join(f"a {name} prompt of number {number}\n" for number in range(count)))
     config["prompts"] = {"source": "text", "files": [str(folder / "train.txt")]}
-    config["benchmarks"]["held-out"]["prompts"] = {"source": "text", "files": [str(folder / "evaluation.txt")]}
+    config["benchmarks"]["validation"]["prompts"] = {"source": "text", "files": [str(folder / "evaluation.txt")]}
     changes = {"model": {"checkpoint": str(ROOT / "models" / "tiny-janus")}, "generate": {"shards": shards}}
     (folder / "config.yaml").write_text(yaml.safe_dump(merged(config, changes), sort_keys=False))
     return folder

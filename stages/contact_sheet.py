@@ -2,7 +2,7 @@
 
     python -m stages.contact_sheet --config config.yaml --prompts train.parquet --candidates base/candidates/train/*.parquet \\
         --scores base/scores/train/*.parquet --pairs sft/pairs.parquet dpo/pairs.parquet \\
-        --benchmark held-out --evaluation held-out.parquet --arms base sft --drawn base/0000.parquet sft/0000.parquet \\
+        --benchmark validation --evaluation validation.parquet --arms base sft --drawn base/0000.parquet sft/0000.parquet \\
         --verdicts ... --own-scores ... --out contact_sheet.png
 
 Without --benchmark, the sheet shows only the training prompts.

@@ -1,6 +1,6 @@
 """Compute an arm's metrics on a benchmark from scores and verdicts, with 95 % intervals clustered by prompt.
 
-    python -m stages.evaluate --config config.yaml --benchmark held-out --arm sft --prompts held-out.parquet \\
+    python -m stages.evaluate --config config.yaml --benchmark validation --arm sft --prompts validation.parquet \\
         --scores ... --verdicts ... --base-scores ... --base-verdicts ... --arm-scores-of-base ... --out metrics.parquet
 
 No model is loaded. stages/tools/metrics.py defines every metric. --verdicts and --base-verdicts take the manifests of all

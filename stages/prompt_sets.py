@@ -1,6 +1,6 @@
 """Check that no training prompt also stands in a benchmark, and write how many prompts each set has.
 
-python -m stages.prompt_sets --train prompts/train.parquet --benchmarks prompts/held-out.parquet --out prompts/sets.parquet
+python -m stages.prompt_sets --train prompts/train.parquet --benchmarks prompts/validation.parquet --out prompts/sets.parquet
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The tables at the end of a run: every arm compared with base on each benchmark, as one CSV file and on the terminal.
 
-python -m stages.report --metrics base/metrics/held-out.parquet sft/metrics/held-out.parquet --out summary.csv
+python -m stages.report --metrics base/metrics/validation.parquet sft/metrics/validation.parquet --out summary.csv
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ SMALL = {
     "model": {"checkpoint": str(TINY)},
     "prompts": {"source": "shapes", "split": "post-training", "count": 18},
     "benchmarks": {
-        "held-out": {
-            "prompts": {"source": "shapes", "split": "held-out", "count": 12},
+        "validation": {
+            "prompts": {"source": "shapes", "split": "validation", "count": 12},
             "images_per_prompt": 2,
             "judge": "shapes",
         }

@@ -172,7 +172,7 @@ def test_adding_an_arm_runs_only_that_arm(run):
 
 def test_adding_a_benchmark_runs_only_that_benchmark(run):
     _, folder, _ = run
-    benchmark = {"prompts": {"source": "shapes", "split": "held-out", "categories": ["color"], "count": 3}, "judge": "shapes"}
+    benchmark = {"prompts": {"source": "shapes", "split": "validation", "categories": ["color"], "count": 3}, "judge": "shapes"}
     with restored(folder / "config.yaml"):
         write_config(folder, benchmarks={"colours": benchmark})
         assert rerun(run) == {"prompts", "prompt_sets", "generate", "score", "judge", "evaluate", "summary"}

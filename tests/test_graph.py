@@ -29,7 +29,7 @@ def large(tmp_path_factory):
     for name, count in (("train", 6000), ("evaluation", 300)):
         (folder / f"{name}.txt").write_text("".join(f"a {name} prompt of number {number}\n" for number in range(count)))
     config["prompts"] = {"source": "text", "files": [str(folder / "train.txt")]}
-    config["benchmarks"]["held-out"]["prompts"] = {"source": "text", "files": [str(folder / "evaluation.txt")]}
+    config["benchmarks"]["validation"]["prompts"] = {"source": "text", "files": [str(folder / "evaluation.txt")]}
     changes = {"model": {"checkpoint": str(TINY)}, "generate": {"shards": 200}}
     (folder / "config.yaml").write_text(yaml.safe_dump(merged(config, changes), sort_keys=False))
     return folder
@@ -48,13 +48,13 @@ def test_status_names_what_is_done_and_what_failed(tmp_path):
     config = write_config(tmp_path)
     broken = {"source": "geneval", "files": [str(tmp_path / "prompts.jsonl")]}
     fields = yaml.safe_load(config.read_text())
-    fields["benchmarks"]["held-out"]["prompts"] = broken
+    fields["benchmarks"]["validation"]["prompts"] = broken
     config.write_text(yaml.safe_dump(fields))
     assert snakemake(tmp_path, "--cores", 1, "--keep-going", "--until", "prompts").returncode
     text = stage("tools.status", tmp_path / "results/small").stdout
     row = next(line for line in text.splitlines() if line.startswith("prompts"))
     assert row.split() == ["prompts", "1", "1"]
-    assert "failed: prompts/held-out.parquet" in text
+    assert "failed: prompts/validation.parquet" in text
     assert "prompts.jsonl" in text.split("failed: ")[1]
 
 

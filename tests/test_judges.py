@@ -20,7 +20,7 @@ from stages.judges import judge_kind, shapes
 from stages.judges.base import Item, Verdict
 from stages.judges.table import read_table
 from stages.shapes.grammar import split_meanings
-from stages.shapes.sampling import sample_judged
+from stages.shapes.sampling import sample_questions
 from stages.shapes.scenes import render
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,10 +50,10 @@ def write_images(folder: Path, prompts: list[dict], images: np.ndarray) -> None:
 def world(tmp_path):
     """A folder with twelve images of the shapes world, each for its own prompt, and whether each image matches."""
     generator = np.random.default_rng(0)
-    scenes = [sample_judged(generator, "held-out") for _ in range(12)]
+    scenes = [sample_questions(generator, "validation", 1)[0] for _ in range(12)]
     prompts = [
         {"prompt_id": f"p{i:02d}", "prompt": scene.meaning.prompt(), "category": scene.meaning.category, "source": "shapes",
-         "split": "held-out", "metadata": scene.meaning.to_json()}
+         "split": "validation", "metadata": scene.meaning.to_json()}
         for i, scene in enumerate(scenes)
     ]  # fmt: skip
     write_images(tmp_path, prompts, render(np.stack([scene.grid for scene in scenes])))
@@ -190,7 +190,7 @@ def test_the_oracle_refuses_images_of_another_world(world, monkeypatch):
 
 def test_an_empty_picture_is_wrong_and_not_unreadable():
     judge = shapes.open_oracle(shapes.ShapesJudge(kind="shapes"))
-    meaning = split_meanings("color", "held-out")[0]
+    meaning = split_meanings("color", "validation")[0]
     empty = render(np.zeros((1, 4, 4), dtype=int))[0]
     assert judge([Item("c0", {"prompt": meaning.prompt(), "metadata": meaning.to_json()}, empty)]) == [Verdict(False)]
 

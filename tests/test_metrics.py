@@ -260,7 +260,7 @@ evaluate: {{bootstrap: 50}}
 def evaluated(tmp_path, monkeypatch):
     """A function that evaluates sft on a benchmark and returns the rows by metric and category, and the manifest's path."""
     (tmp_path / "config.yaml").write_text(CONFIG.format(folder=tmp_path))
-    prompts = [row | {"prompt": row["prompt_id"], "source": "shapes", "split": "held-out"} for row in PROMPTS]
+    prompts = [row | {"prompt": row["prompt_id"], "source": "shapes", "split": "validation"} for row in PROMPTS]
     manifests.write(tmp_path / "prompts.parquet", "prompts", prompts, stage="stages.prompts")
 
     def run(benchmark: str, own_scores, base_scores, verdicts=(), base_verdicts=()):

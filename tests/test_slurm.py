@@ -138,12 +138,12 @@ class Saboteur:
         self.faults: list[tuple[str, str, int, Callable[[Payload], None]]] = [  # stage, part of its output, batches kept
             ("generate", "base/candidates/train/0000", 3, self.cancel),
             ("generate", "base/candidates/train/0001", 3, self.kill),
-            ("judge", "base/verdicts/shapes/held-out/0000", 0, self.out_of_time),
+            ("judge", "base/verdicts/shapes/validation/0000", 0, self.out_of_time),
             ("score", "base/scores/train/0000", 2, self.requeue),
             ("score", "base/scores/train/0001", 2, self.run_a_second_snakemake),
             ("schedule", "c-sft-epoch1/schedule", 0, self.restart_controller),
             ("generate", "c-sft-epoch1/candidates/replay/0000", 2, self.lose_node),
-            ("score", "c-sft/scores-of-base/held-out/0000", 0, self.kill_snakemake),
+            ("score", "c-sft/scores-of-base/validation/0000", 0, self.kill_snakemake),
         ]
 
     def cancel(self, payload: Payload) -> None:
@@ -324,23 +324,23 @@ def test_a_shard_that_fails_for_good_stops_only_what_depends_on_it(source, local
     folder = tmp_path / "run"
     shutil.copytree(local, folder)
     results = folder / "results/small"
-    shard = results / "base/candidates/held-out/0001.tar"
+    shard = results / "base/candidates/validation/0001.tar"
     times = shard.stat()
     shard.write_bytes(shard.read_bytes()[:5000])
     os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
-    for path in [*(results / "c-sft/scores-of-base/held-out").iterdir(), results / "c-sft/metrics/held-out.parquet"]:
+    for path in [*(results / "c-sft/scores-of-base/validation").iterdir(), results / "c-sft/metrics/validation.parquet"]:
         path.unlink()
     for name in ("contact_sheet.png", "summary.csv"):
         (results / name).unlink()
     code, output = snakemake(source, folder, "--retries", 0)
     assert code
-    assert (results / "c-sft/scores-of-base/held-out/0000.parquet").exists()
-    assert not (results / "c-sft/scores-of-base/held-out/0001.parquet").exists()
-    assert not (results / "c-sft/metrics/held-out.parquet").exists()
+    assert (results / "c-sft/scores-of-base/validation/0000.parquet").exists()
+    assert not (results / "c-sft/scores-of-base/validation/0001.parquet").exists()
+    assert not (results / "c-sft/metrics/validation.parquet").exists()
     assert (results / "contact_sheet.png").exists()
     end = output[output.rindex("Exiting because a job execution failed") :]
-    assert re.search(r"failed: c-sft/scores-of-base/held-out/0001.parquet.*cut short or broken", end)
-    assert "failed: c-sft/scores-of-base/held-out/0001.parquet" in stage("tools.status", results).stdout
+    assert re.search(r"failed: c-sft/scores-of-base/validation/0001.parquet.*cut short or broken", end)
+    assert "failed: c-sft/scores-of-base/validation/0001.parquet" in stage("tools.status", results).stdout
 
 
 def test_training_on_two_nodes_follows_one_process(source, local, tmp_path):
@@ -352,7 +352,7 @@ def test_training_on_two_nodes_follows_one_process(source, local, tmp_path):
     assert losses(folder / trained)["loss"] == pytest.approx(losses(local / trained)["loss"], abs=1e-4)
 
 
-ONE_SHARD = "results/small/base/candidates/held-out/0000.parquet"
+ONE_SHARD = "results/small/base/candidates/validation/0000.parquet"
 
 
 def test_a_model_on_the_cpu_asks_for_no_gpu(source, tmp_path):

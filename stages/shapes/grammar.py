@@ -3,7 +3,7 @@
 A meaning (`Meaning`) is one or more groups of objects and, for two groups, possibly a spatial relation. An attribute that the
 prompt does not mention is free; the number of objects is exact. The six categories follow T2I-CompBench in miniature. Prompts
 that differ only in order ("a star and a circle", "a circle and a star") have the same canonical form, and the split is a
-function of its hash. A held-out prompt is therefore never trained on in another wording.
+function of its hash. A prompt of another split is therefore never trained on in another wording.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -20,10 +20,14 @@ import numpy as np
 from stages.shapes.scenes import COLOR_NAMES, GRID, SHAPES, TEXTURES, decode_kind, encode_kind
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "numeracy", "complex")
-SPLITS = ("pretraining", "post-training", "held-out")
+SPLITS = ("pretraining", "post-training", "validation", "test")
+# A prompt belongs to the first split whose bound exceeds its hash, a number from 0 to 255. The test split lies within what was
+# the pretraining split until version 0.2, so no earlier version has measured any of its prompts.
+BOUNDS = {"test": 52, "pretraining": 161, "post-training": 225, "validation": 256}
 NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four", 5: "five"}
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 RELATIONS = tuple(INVERSE)
+ERRORS = ("shape", "color", "texture", "number", "relation")
 
 
 @dataclass(frozen=True, order=True)
@@ -75,7 +79,7 @@ class Meaning:
 
     def split(self) -> str:
         bucket = hashlib.sha256(self.canonical().encode()).digest()[0]
-        return SPLITS[0] if bucket < 154 else SPLITS[1] if bucket < 205 else SPLITS[2]
+        return next(split for split, bound in BOUNDS.items() if bucket < bound)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -107,16 +111,20 @@ def meanings(category: str) -> tuple[Meaning, ...]:
     related = [(a, b) for a, b in itertools.permutations(bare + colored, 2)]
     builders: dict[str, Callable[[], list[tuple[Group, ...]]]] = {
         "color": lambda: [(g,) for g in colored] + list(itertools.permutations(colored, 2)),
-        "texture": lambda: [(g,) for g in textured] + list(itertools.permutations(textured, 2)),
-        "shape": lambda: [
-            groups for n in (1, 2, 3, 4) for groups in itertools.permutations(bare, n) if n < 4 or groups[0] < groups[1]
-        ],
+        "texture": lambda: (
+            [(g,) for g in textured + full]
+            + list(itertools.permutations(textured, 2))
+            + [pair for a in textured for b in bare for pair in ((a, b), (b, a)) if a.shape != b.shape]
+        ),
+        "shape": lambda: [groups for n in (1, 2, 3, 4) for groups in itertools.permutations(bare, n)],
         "spatial": list,
         "numeracy": lambda: (
-            [(Group(n, g.shape, g.color, g.texture),) for n in (2, 3, 4, 5) for g in bare + colored + textured]
+            [(replace(g, count=n),) for n in (2, 3, 4, 5) for g in bare + colored + textured + full]
             + [
-                (Group(n, a.shape), Group(m, b.shape))
-                for a, b in itertools.permutations(bare, 2)
+                (replace(a, count=n), replace(b, count=m))
+                for a in bare + colored
+                for b in bare
+                if a.shape != b.shape
                 for n in (1, 2, 3, 4)
                 for m in (1, 2, 3, 4)
                 if 2 < n + m <= 5
@@ -169,31 +177,35 @@ def holds(relation: str, first: int, second: int) -> bool:
     return a < b if relation in ("left of", "above") else a > b
 
 
-def perturb_meaning(meaning: Meaning, rng: np.random.Generator) -> Meaning:
-    """Return the meaning with one random change (an attribute, a number or the relation), as the caption of a hard negative.
+def changes(meaning: Meaning) -> list[tuple[str, int]]:
+    """Return the changes that `changed` can make to a meaning: the kind of error, and the index of the group it concerns."""
+    return [
+        *[(kind, i) for i, group in enumerate(meaning.groups) for kind in ("shape", "color", "texture") if getattr(group, kind)],
+        *[("number", i) for i in range(len(meaning.groups)) if meaning.category == "numeracy"],
+        *([("relation", 0)] if meaning.relation else []),
+    ]
 
-    The result may still describe a scene of the original meaning (free attributes, symmetric pairs) and may belong to another
-    split; the caller checks both.
+
+def changed(meaning: Meaning, kind: str, which: int, rng: np.random.Generator) -> Meaning:
+    """Return the meaning with one random change of a kind in ERRORS, as the caption of a hard negative.
+
+    The result may still describe a scene of the original meaning (free attributes, symmetric pairs, relations on two axes) and
+    may belong to another split; the caller checks both.
     """
-    groups = list(meaning.groups)
-    which = int(rng.integers(len(groups)))
-    group = groups[which]
-    changes = ["shape"] + [name for name in ("color", "texture") if getattr(group, name)]
-    changes += ["count"] * (meaning.category == "numeracy") + ["relation"] * 2 * bool(meaning.relation)
-    change = changes[rng.integers(len(changes))]
-    if change == "relation":
+    if kind == "relation":
         others = [relation for relation in RELATIONS if relation != meaning.relation]
-        return Meaning(meaning.category, meaning.groups, others[rng.integers(len(others))])
+        return replace(meaning, relation=others[rng.integers(len(others))])
+    groups, group = list(meaning.groups), meaning.groups[which]
+    name = "count" if kind == "number" else kind
     options: dict[str, tuple] = {
         "shape": SHAPES,
         "color": COLOR_NAMES,
         "texture": TEXTURES,
         "count": tuple(n for n in NUMBERS if abs(n - group.count) == 1),
     }
-    choices = [value for value in options[change] if value != getattr(group, change)]
-    fields = asdict(group) | {change: choices[rng.integers(len(choices))]}
-    groups[which] = Group(**fields)
-    return Meaning(meaning.category, tuple(groups), meaning.relation)
+    choices = [value for value in options[name] if value != getattr(group, name)]
+    groups[which] = replace(group, **{name: choices[rng.integers(len(choices))]})
+    return replace(meaning, groups=tuple(groups))
 
 
 def perturb_scene(grid: np.ndarray, rng: np.random.Generator) -> np.ndarray:

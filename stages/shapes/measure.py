@@ -2,7 +2,7 @@
 
     python -m stages.shapes.measure --checkpoint models/tiny-janus
 
-The command prints a line of JSON for each split and seed. These are the figures of the model card.
+The command prints a line of JSON for each seed. These are the figures of the model card.
 """
 
 from __future__ import annotations
@@ -16,60 +16,73 @@ import numpy as np
 from stages.families.janus import JanusSampling
 from stages.families.janus.family import Janus
 from stages.shapes import oracle
-from stages.shapes.grammar import Meaning
-from stages.shapes.sampling import sample_judged, sample_meaning
+from stages.shapes.grammar import CATEGORIES, ERRORS, SPLITS, Meaning
+from stages.shapes.sampling import minimal_pairs, sample_meaning
 from stages.shapes.scenes import render
 from stages.shapes.tiny_janus import QUESTION
 
 
 def measure(family: Janus, split: str, prompts: int, seed: int, guidance_scale: float = 1.0) -> dict[str, float]:
-    """Return the model's metrics in percent, on random prompts that are uniform over the categories.
+    """Return how well the model draws and judges on random prompts of a split, the same number in each category.
 
-    gen: images that match their prompt according to the oracle. non: images that the model itself rejects.
-    judge_hard, judge_own: accuracy of the model's judgements, on matching pairs and hard negatives and on its own images.
+    gen: images that match their prompt according to the oracle, in percent. non: images that the model itself rejects.
+    own: accuracy of the model's judgements of its own images. These three also by category, as in "gen color".
+    auc <kind>: area under the ROC curve of p_yes on minimal pairs: scenes with their prompt, and with the prompt changed in one
+    thing of that kind. calibration: expected calibration error of p_yes on its own images, in ten bins, from 0 to 1.
     """
     rng = np.random.default_rng(seed)
-    meanings = [sample_meaning(rng, split) for _ in range(prompts)]
-    images, truth = [], []
-    for start in range(0, prompts, 128):
+    meanings = [
+        sample_meaning(rng, split, category=category) for category in CATEGORIES for _ in range(prompts // len(CATEGORIES))
+    ]
+    images = []
+    for start in range(0, len(meanings), 128):
         part = meanings[start : start + 128]
         seeds = rng.integers(1 << 62, size=len(part))
         drawn = family.generate([m.prompt() for m in part], seeds, JanusSampling(guidance_scale=guidance_scale)).images
         images.append(drawn)
-        truth += [oracle.matches(m, g) for m, g in zip(part, oracle.read(drawn), strict=True)]
-    judged = [sample_judged(rng, split, hard=1.0) for _ in range(prompts)]
-
-    def say(pictures: np.ndarray, about: list[Meaning]) -> np.ndarray:
-        return np.concatenate(
-            [
-                family.p_yes(pictures[i : i + 128], [QUESTION.format(prompt=m.prompt()) for m in about[i : i + 128]])[0]
-                for i in range(0, len(about), 128)
-            ]
+    pictures = np.concatenate(images)
+    truth = np.array([oracle.matches(m, g) for m, g in zip(meanings, oracle.read(pictures), strict=True)])
+    p_yes = ask(family, pictures, meanings)
+    own = p_yes > 0.5
+    category = np.array([meaning.category for meaning in meanings])
+    figures: dict[str, float] = {}
+    for name, rows in [("", category != ""), *((" " + name, category == name) for name in CATEGORIES)]:
+        figures["gen" + name] = 100 * float(truth[rows].mean())
+        figures["non" + name] = 100 * float((~own[rows]).mean())
+        figures["own" + name] = 100 * float((own == truth)[rows].mean())
+    bins = np.minimum((10 * p_yes).astype(int), 9)
+    figures["calibration"] = float(sum(abs((p_yes - truth)[bins == k].sum()) for k in range(10)) / len(truth))
+    for kind in ERRORS:
+        pairs = minimal_pairs(rng, split, kind, prompts // len(CATEGORIES))
+        scenes = render(np.stack([pair.grid for _, pair in pairs]))
+        right, wrong = (
+            ask(family, scenes, [right for right, _ in pairs]),
+            ask(family, scenes, [pair.meaning for _, pair in pairs]),
         )
+        figures["auc " + kind] = float((right[:, None] > wrong).mean() + 0.5 * (right[:, None] == wrong).mean())
+    return figures
 
-    hard = say(render(np.stack([pair.grid for pair in judged])), [pair.meaning for pair in judged]) > 0.5
-    own = say(np.concatenate(images), meanings) > 0.5
-    return {
-        "gen": 100 * float(np.mean(truth)),
-        "non": 100 * float(np.mean(~own)),
-        "judge_hard": 100 * float(np.mean(hard == [pair.label for pair in judged])),
-        "judge_own": 100 * float(np.mean(own == truth)),
-    }
+
+def ask(family: Janus, images: np.ndarray, meanings: list[Meaning]) -> np.ndarray:
+    """Return p_yes of the images, uint8 `[n, 64, 64, 3]`, with the prompts of the meanings, float64 `[n]`."""
+    questions = [QUESTION.format(prompt=meaning.prompt()) for meaning in meanings]
+    places = range(0, len(questions), 128)
+    return np.concatenate([family.p_yes(images[i : i + 128], questions[i : i + 128])[0] for i in places])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=Path("models/tiny-janus"))
+    parser.add_argument("--split", choices=SPLITS, default="validation")
     parser.add_argument("--prompts", type=int, default=1200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--guidance-scale", type=float, default=1.0)
     arguments = parser.parse_args()
     family = Janus.load(arguments.checkpoint)
-    for split in ("post-training", "held-out"):
-        for seed in range(arguments.seeds):
-            figures = measure(family, split, arguments.prompts, seed, arguments.guidance_scale)
-            rounded = {name: round(value, 1) for name, value in figures.items()}
-            print(json.dumps({"split": split, "seed": seed, **rounded}), flush=True)
+    for seed in range(arguments.seeds):
+        figures = measure(family, arguments.split, arguments.prompts, seed, arguments.guidance_scale)
+        rounded = {name: round(value, 3) for name, value in figures.items()}
+        print(json.dumps({"split": arguments.split, "seed": seed, **rounded}), flush=True)
 
 
 if __name__ == "__main__":

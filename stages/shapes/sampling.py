@@ -1,66 +1,171 @@
-"""Random prompts and labelled pairs of prompt and scene, on which the tiny model is trained and measured."""
+"""Random prompts, scenes and labelled questions about them, on which the tiny model is trained and measured."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 
 from stages.shapes import oracle
-from stages.shapes.grammar import CATEGORIES, Meaning, perturb_meaning, perturb_scene, sample_scene, split_meanings
+from stages.shapes.grammar import (
+    CATEGORIES,
+    ERRORS,
+    INVERSE,
+    NUMBERS,
+    RELATIONS,
+    Group,
+    Meaning,
+    changed,
+    changes,
+    perturb_scene,
+    sample_scene,
+    split_meanings,
+)
+from stages.shapes.scenes import COLOR_NAMES, GRID, SHAPES, TEXTURES, decode_kind
+
+# How often questions ask for each kind of error, where it is possible: the harder it is to see, the more often.
+HARDNESS = {"shape": 1, "color": 1, "texture": 1, "number": 2, "relation": 4}
 
 
 @dataclass
 class Judged:
-    """A prompt's meaning, a scene (int16 `[4, 4]`), and whether the prompt describes the scene."""
+    """A scene (int16 `[4, 4]`), a meaning, and whether it describes the scene. `kind`: how it was changed, see `ERRORS`."""
 
     meaning: Meaning
     grid: np.ndarray
     label: bool
+    kind: str = ""
 
 
 @cache
-def simple_meanings(split: str) -> tuple[Meaning, ...]:
-    """Return the meanings of one group of one or two objects. They are few, but the model learns the words from them."""
-    return tuple(
-        meaning
-        for category in CATEGORIES
-        for meaning in split_meanings(category, split)
-        if len(meaning.groups) == 1 and meaning.groups[0].count <= 2
-    )
+def simple_meanings(split: str) -> tuple[tuple[Meaning, ...], ...]:
+    """Return two pools of simple meanings, from which the model learns the words.
+
+    They are one group of one or two objects, and two shapes in a relation.
+    """
+    known = [meaning for category in CATEGORIES for meaning in split_meanings(category, split)]
+    alone = [meaning for meaning in known if len(meaning.groups) == 1 and meaning.groups[0].count <= 2]
+    related = [meaning for meaning in known if meaning.relation and not any(group.color for group in meaning.groups)]
+    return tuple(alone), tuple(related)
 
 
-def sample_meaning(rng: np.random.Generator, split: str, simple: float = 0.0) -> Meaning:
-    """Return a random meaning of the split: with probability `simple` a simple one, otherwise uniform over the categories."""
+def sample_meaning(rng: np.random.Generator, split: str, simple: float = 0.0, category: str | None = None) -> Meaning:
+    """Return a random meaning of the split: with probability `simple` a simple one, otherwise of the category.
+
+    Without a category, all are equally likely.
+    """
     if rng.random() < simple:
-        pool = simple_meanings(split)
+        pool = simple_meanings(split)[int(rng.random() < 0.3)]
     else:
-        pool = split_meanings(CATEGORIES[rng.integers(len(CATEGORIES))], split)
+        pool = split_meanings(category or CATEGORIES[rng.integers(len(CATEGORIES))], split)
     return pool[rng.integers(len(pool))]
 
 
-def sample_judged(rng: np.random.Generator, split: str, hard: float = 0.8, simple: float = 0.0) -> Judged:
-    """Return a random labelled pair, which matches with probability one half. Its prompt belongs to the split.
+def minimal_pairs(rng: np.random.Generator, split: str, kind: str, count: int) -> list[tuple[Meaning, Judged]]:
+    """Return meanings with a scene each, and a meaning that is false of the scene and differs in one thing of a kind in ERRORS.
 
-    hard: the fraction of non-matching pairs that differ from a matching pair in one thing. simple: see `sample_meaning`.
+    Both meanings belong to the split. They are uniform over the categories in which such a change is possible.
     """
-    wanted = bool(rng.random() < 0.5)
-    while True:
-        meaning = sample_meaning(rng, split, simple)
+    pools = [[m for m in split_meanings(category, split) if kind in dict(changes(m))] for category in CATEGORIES]
+    pools = [pool for pool in pools if pool]
+    pairs: list[tuple[Meaning, Judged]] = []
+    while len(pairs) < count:
+        pool = pools[rng.integers(len(pools))]
+        meaning = pool[rng.integers(len(pool))]
         grid = sample_scene(meaning, rng)
-        if not wanted:
-            kind = rng.random()
-            if kind < hard / 2:
-                grid = perturb_scene(grid, rng)
-            elif kind < hard:
-                meaning = perturb_meaning(meaning, rng)
-                if meaning.split() != split:
-                    continue
-            else:
-                pool = split_meanings(meaning.category, split)
-                meaning = pool[rng.integers(len(pool))]
-        elif rng.random() < 0.25:  # a changed scene that still matches, or every change would mean no
-            grid = perturb_scene(grid, rng)
-        if oracle.matches(meaning, grid) == wanted:
-            return Judged(meaning, grid, wanted)
+        places = [which for name, which in changes(meaning) if name == kind]
+        other = changed(meaning, kind, places[rng.integers(len(places))], rng)
+        if other.split() == split and not oracle.matches(other, grid):
+            pairs.append((meaning, Judged(other, grid, False, kind)))
+    return pairs
+
+
+@cache
+def _members(category: str, split: str) -> frozenset[Meaning]:
+    return frozenset(split_meanings(category, split))
+
+
+def describe(grid: np.ndarray, split: str, rng: np.random.Generator) -> Meaning | None:
+    """Return a random meaning of the split that is true of a scene, or None if twenty attempts find none."""
+    objects = [decode_kind(value) for value in grid[grid > 0]]
+    for _ in range(20):
+        apart = len(objects) <= 2 and rng.random() < 0.7
+        order = rng.permutation(len(objects))
+        sorts: dict[int, list[tuple[int, int, int]]] = {}
+        for place in order:
+            sorts.setdefault(int(place) if apart else objects[place][0], []).append(objects[place])
+        groups = []
+        for alike in sorts.values():
+            if len(alike) > max(NUMBERS):
+                break
+            shape, color, texture = alike[0]
+            colored = rng.random() < 0.5 and all(other[1] == color for other in alike)
+            textured = rng.random() < 0.4 and all(other[2] == texture for other in alike)
+            groups.append(
+                Group(
+                    len(alike), SHAPES[shape], COLOR_NAMES[color] if colored else None, TEXTURES[texture] if textured else None
+                )
+            )
+        relation = None
+        if len(groups) == 2 and apart and rng.random() < 0.8:
+            relation = RELATIONS[rng.integers(len(RELATIONS))]
+        for category in CATEGORIES:
+            meaning = Meaning(category, tuple(groups), relation)
+            if meaning in _members(category, split) and oracle.matches(meaning, grid):
+                return meaning
+    return None
+
+
+def sample_place(grid: np.ndarray, rng: np.random.Generator) -> tuple[str, str] | None:
+    """Return a phrase that fits one of a scene's two objects, and where that is from the other, or None if there is no answer.
+
+    "red star": "left above"; "same" on an axis on which both are equal.
+    """
+    flat = grid.ravel()
+    cells = rng.permutation(np.flatnonzero(flat))
+    if len(cells) != 2:
+        return None
+    shape, color, texture = decode_kind(flat[cells[0]])
+    named = rng.random(2) < 0.5
+    group = Group(1, SHAPES[shape], COLOR_NAMES[color] if named[0] else None, TEXTURES[texture] if named[1] else None)
+    if group.fits(flat[cells[1]]):
+        return None
+    (row, column), (y, x) = (divmod(int(cell), GRID) for cell in cells)
+    across = "left" if column < x else "right" if column > x else "same"
+    down = "above" if row < y else "below" if row > y else "same"
+    return group.phrase().split(" ", 1)[1], f"{across} {down}"
+
+
+def sample_questions(rng: np.random.Generator, split: str, count: int, simple: float = 0.0) -> list[Judged]:
+    """Return `count` questions about one scene, with the oracle's answers.
+
+    The scene shows a random meaning of the split, and in half of the cases one or two random slips, as of a painter. The first
+    question asks for that meaning, a third of them for other true descriptions. Most of the others change one thing in a
+    meaning or description, every kind of change in turn, and one in eight asks for another meaning of the category.
+    """
+    meaning = sample_meaning(rng, split, simple)
+    grid = sample_scene(meaning, rng)
+    for _ in range(rng.choice(3, p=(0.5, 0.3, 0.2))):
+        grid = perturb_scene(grid, rng)
+    asked = [Judged(meaning, grid, oracle.matches(meaning, grid))]
+    for _ in range(count // 3):
+        true = describe(grid, split, rng)
+        if true:
+            asked.append(Judged(true, grid, True))
+    known = [pair.meaning for pair in asked]
+    places = {kind: [(m, which) for m in known for name, which in changes(m) if name == kind] for kind in ERRORS}
+    kinds = [kind for kind in ERRORS for _ in range(HARDNESS[kind]) if places[kind]]
+    pool = split_meanings(meaning.category, split)
+    while len(asked) < count:
+        if rng.random() < 1 / 8:
+            other, kind = pool[rng.integers(len(pool))], ""
+        else:
+            kind = kinds[rng.integers(len(kinds))]
+            original, which = places[kind][rng.integers(len(places[kind]))]
+            other = changed(original, kind, which, rng)
+            if kind == "relation" and original.relation and rng.random() < 0.5:
+                other = replace(original, relation=INVERSE[original.relation])
+        if other.split() == split:
+            asked.append(Judged(other, grid, oracle.matches(other, grid), kind))
+    return asked

@@ -18,6 +18,7 @@ from stages.shapes.scenes import CELL, COLOR_NAMES, GRID, SHAPES, SIZE, TEXTURES
 
 QUESTION = "does this image show {prompt} ?"
 CAPTION = "what does this image show ?"
+PLACE = "where is the {phrase} ?"
 CODES = 128
 SPECIAL = {
     "pad_token": "<pad>",
@@ -45,6 +46,8 @@ def vocabulary() -> list[str]:
         *QUESTION.format(prompt="").split(),
         *CAPTION.split(),
         *["the", "score", "is", "of", "image", "picture"],
+        *PLACE.format(phrase="").split(),
+        "same",
     ]
     return list(dict.fromkeys(words))
 

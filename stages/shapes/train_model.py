@@ -1,15 +1,19 @@
-"""Step 2 of the tiny model: the language model learns to draw and to judge, only on the pretraining split.
+"""Step 3 of the tiny model: the language model learns to draw and to judge, only on the pretraining split.
 
-    python -m stages.shapes.train_model --codes results/pretraining/codes.safetensors --out models/tiny-janus
+    python -m stages.shapes.train_model --work results/pretraining/seed-0 --out models/tiny-janus
 
-Every step trains three tasks: prompt -> image codes (one prompt in ten is replaced by padding, for guidance), image and
-question -> 1 or 0, and image -> caption. Captioning teaches the judge colours and textures much sooner. Half of the judged
-pairs match. Most of the others are hard negatives, in which one thing of the caption or of the scene is changed; in one of five
-the caption belongs to another scene of the same category. The oracle labels every pair.
+The work folder holds the image tokenizer and the vision encoder (steps 1 and 2). Every step trains four tasks:
+
+- drawing: prompt -> image codes. One prompt in ten is replaced by padding, for guidance.
+- judging: image and question -> 1 or 0. Several questions concern the same scene: its prompt, other true descriptions, and
+  prompts in which one thing is changed (see `sample_questions`). The oracle labels them.
+- captioning: image -> a true prompt. The judge then learns colours and textures much sooner.
+- placing: image of two objects, and one of them -> on which sides it is from the other.
 
 Each task's loss is averaged separately, because in a common mean over tokens the few answers would have hardly any weight. A
-step has more judged pairs than drawings, because an answer teaches one bit and a drawing sixteen codes. The state is saved
-every `--save-every` steps, and running the same command again continues from it.
+step has more judged pairs than drawings, because an answer teaches one bit and a drawing sixteen codes: this mixture, and the
+length of training, make the gap between drawing and judging. The state is saved every `--save-every` steps, and running the
+same command again continues from it.
 """
 
 from __future__ import annotations
@@ -26,17 +30,18 @@ from torch import nn
 from transformers import JanusForConditionalGeneration
 
 from stages.families.janus.family import Janus
+from stages.families.janus.training import looked_at
 from stages.shapes.grammar import (
-    Meaning,
     sample_scene,
 )
 from stages.shapes.measure import measure
-from stages.shapes.sampling import Judged, sample_judged, sample_meaning
+from stages.shapes.sampling import Judged, sample_meaning, sample_place, sample_questions
 from stages.shapes.scenes import render
-from stages.shapes.tiny_janus import CAPTION, QUESTION, make_config, make_processor
+from stages.shapes.tiny_janus import CAPTION, PLACE, QUESTION, make_config, make_processor
+from stages.shapes.train_encoder import noisy
 
 SPLIT = "pretraining"
-PEAK_RATE = 1.0e-3
+PEAK_RATE = 5.0e-4  # at twice this rate, the judge had not begun to see relations when at this rate it had
 
 
 class Batches:
@@ -77,36 +82,49 @@ def drawing_loss(model: JanusForConditionalGeneration, ids: torch.Tensor, starts
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-def judging_loss(family: Janus, judged: list[Judged], rng: np.random.Generator) -> torch.Tensor:
-    images = render(np.stack([pair.grid for pair in judged]))
-    noisy = images + rng.normal(0, 6, images.shape)
-    images = noisy.round().clip(0, 255).astype(np.uint8)  # because the decoder's images are not exact either
-    questions = [QUESTION.format(prompt=pair.meaning.prompt()) for pair in judged]
-    inputs, last = family._question_embeddings(images, questions)
-    hidden = family.model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
-    logits = family.model.lm_head(hidden[torch.arange(len(last)), last])
-    one, zero = (family.tokenizer.convert_tokens_to_ids(token) for token in "10")
-    labels = torch.tensor([one if pair.label else zero for pair in judged])
-    return F.cross_entropy(logits, labels)
+def looking_losses(family: Janus, scenes: list[list[Judged]], rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
+    """Return the losses of judging, of captioning and of saying where an object is.
 
-
-def captioning_loss(family: Janus, meanings: list[Meaning], images: np.ndarray) -> torch.Tensor:
-    """Return the cross-entropy of the captions and of the ends of their turns, as answers to the question CAPTION."""
-    captions = [meaning.prompt() for meaning in meanings]
-    turns = [f"{CAPTION}\n\n<|Assistant|>: {caption}" for caption in captions]
-    inputs, last = family._question_embeddings(images, turns)  # its final `<|Assistant|>:` serves as the end of the turn
-    hidden = family.model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
-    end = family.tokenizer.convert_tokens_to_ids("<|Assistant|>")
-    rows: list[int] = []
-    places: list[int] = []
-    labels: list[int] = []
-    for row, caption in enumerate(captions):
-        ids = [*family.tokenizer.encode(caption, add_special_tokens=False), end]
-        first = int(last[row]) - len(ids)
-        rows += [row] * len(ids)
-        places += range(first - 1, first - 1 + len(ids))
-        labels += ids
-    return F.cross_entropy(family.model.lm_head(hidden[rows, places]), torch.tensor(labels))
+    scenes: for each scene the questions about it, the same number for all. Each image is read once, and its questions continue
+    from the cached keys and values. Right and wrong prompts weigh the same in the loss of judging, whatever their numbers. The
+    caption is a meaning that is true of the scene, if one was asked.
+    """
+    model, tokenizer = family.model, family.tokenizer
+    ask, describe = family._question_ids(QUESTION), family._question_ids(CAPTION)
+    shared = next(i for i, (one, other) in enumerate(zip(ask, describe, strict=False)) if one != other)  # up to the image's end
+    one, zero = (tokenizer.convert_tokens_to_ids(token) for token in "10")
+    end = tokenizer.eos_token_id
+    rows, known = [], []  # ids after the image, and how many of the last ones are taught
+    for asked in scenes:
+        for question in asked:
+            ids = family._question_ids(QUESTION.format(prompt=question.meaning.prompt()))[shared:]
+            rows.append([*ids, one if question.label else zero])
+            known.append(1)
+        true = [question.meaning for question in asked if question.label]
+        true = [meaning for meaning in true if meaning.relation] or true  # what is learned last is told most
+        told = tokenizer.encode(true[rng.integers(len(true))].prompt(), add_special_tokens=False) if true else []
+        rows.append([*describe[shared:], *told, end])
+        known.append(len(told) + 1 if true else 0)
+        place = sample_place(asked[0].grid, rng)
+        told = [*tokenizer.encode(place[1] if place else "", add_special_tokens=False), end]
+        rows.append([*family._question_ids(PLACE.format(phrase=place[0] if place else ""))[shared:], *told])
+        known.append(len(told) if place else 0)
+    pixels = family._pixels(noisy(render(np.stack([asked[0].grid for asked in scenes])), rng))
+    seen = looked_at(model, pixels, torch.tensor([ask[:shared]] * len(scenes)))
+    cache = model.model.language_model(inputs_embeds=seen, use_cache=True).past_key_values
+    cache.batch_repeat_interleave(len(rows) // len(scenes))
+    width = max(map(len, rows))
+    padded = torch.tensor([row + [family.pad] * (width - len(row)) for row in rows])
+    inputs = model.get_input_embeddings()(padded[:, :-1])
+    hidden = model.model.language_model(inputs_embeds=inputs, past_key_values=cache, use_cache=True).last_hidden_state
+    taught = [(i, j) for i, row in enumerate(rows) for j in range(len(row) - known[i], len(row))]
+    row, column = torch.tensor(taught).T
+    labels = padded[row, column]
+    losses = F.cross_entropy(model.lm_head(hidden[row, column - 1]), labels, reduction="none")
+    questions = len(scenes[0])
+    number = row % (questions + 2)
+    yes, no = (losses[(number < questions) & (labels == answer)] for answer in (one, zero))
+    return (yes.mean() + no.mean()) / 2, losses[number == questions].mean(), losses[number > questions].mean()
 
 
 def initialise(model: JanusForConditionalGeneration) -> None:
@@ -128,14 +146,16 @@ def initialise(model: JanusForConditionalGeneration) -> None:
         nn.init.normal_(head.weight, std=0.5 * head.in_features**-0.5)
 
 
-def train(family: Janus, folder: Path, steps: int, per_step: tuple[int, int, int], seed: int, save_every: int) -> None:
-    drawn, judged, captioned = per_step
+def train(
+    family: Janus, folder: Path, steps: int, per_step: tuple[int, int, int], seed: int, save_every: int, rate: float
+) -> None:
+    drawn, scenes, questions = per_step
     model = family.model
     frozen = set(model.model.vqmodel.parameters())
     trained = [parameter for parameter in model.parameters() if parameter not in frozen]
-    optimizer = torch.optim.AdamW(trained, lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, PEAK_RATE, total_steps=steps, pct_start=0.05, anneal_strategy="cos", final_div_factor=20
+        optimizer, rate, total_steps=steps, pct_start=0.05, anneal_strategy="cos", final_div_factor=20
     )
     state, first = folder / "state.pt", 0
     if state.exists():
@@ -150,24 +170,25 @@ def train(family: Janus, folder: Path, steps: int, per_step: tuple[int, int, int
         rng = np.random.default_rng([seed, step])
         simple = max(0.1, 0.8 - 2.0 * step / steps)  # the fraction of simple prompts falls during training
         ids, starts = batches.draw(rng, simple)
-        draw = drawing_loss(model, ids, starts, batches.offset, family.image_length)
-        judge = judging_loss(family, [sample_judged(rng, SPLIT, simple=simple) for _ in range(judged)], rng)
-        told = [sample_meaning(rng, SPLIT, simple) for _ in range(captioned)]
-        scenes = np.stack([sample_scene(meaning, rng) for meaning in told])
-        caption = captioning_loss(family, told, render(scenes))
+        looked = [sample_questions(rng, SPLIT, questions, simple) for _ in range(scenes)]
+        with torch.autocast("cpu", torch.bfloat16):
+            draw = drawing_loss(model, ids, starts, batches.offset, family.image_length)
+            judge, caption, place = looking_losses(family, looked, rng)
         optimizer.zero_grad()
-        (draw + judge + caption).backward()
+        (draw + judge + caption + place).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         done = step + 1
         if done % 50 == 0:
             print(
-                f"step {done} drawing {draw.item():.4f} judging {judge.item():.4f} captioning {caption.item():.4f}", flush=True
+                f"step {done} drawing {draw.item():.4f} judging {judge.item():.4f} captioning {caption.item():.4f} "
+                f"placing {place.item():.4f}",
+                flush=True,
             )
         if done % save_every == 0 or done == steps:
-            figures = measure(family, "post-training", 384, 1)
-            print(f"step {done} post-training split: {json.dumps(figures)}", flush=True)
+            figures = measure(family, "validation", 480, 1)
+            print(f"step {done} validation: {json.dumps(figures)}", flush=True)
             temporary = state.with_suffix(".tmp")
             torch.save(
                 {
@@ -183,24 +204,26 @@ def train(family: Janus, folder: Path, steps: int, per_step: tuple[int, int, int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--codes", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("results/pretraining"))
+    parser.add_argument("--work", type=Path, required=True, help="folder of the tokenizer and the encoder, and of saves")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint to write")
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--drawn", type=int, default=24, help="drawings per step")
-    parser.add_argument("--judged", type=int, default=160, help="judged pairs per step")
-    parser.add_argument("--captioned", type=int, default=48, help="captions per step")
+    parser.add_argument("--drawn", type=int, default=64, help="drawings per step")
+    parser.add_argument("--scenes", type=int, default=64, help="scenes per step about which questions are asked")
+    parser.add_argument("--questions", type=int, default=4, help="questions about each of them")
+    parser.add_argument("--rate", type=float, default=PEAK_RATE, help="the peak learning rate")
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     processor = make_processor()
     model = JanusForConditionalGeneration(make_config(processor))
+    model.set_attn_implementation("eager")  # at these lengths its backward is several times faster than the fused kernel's
     initialise(model)
-    load_model(model.model.vqmodel, str(arguments.codes))
+    load_model(model.model.vqmodel, str(arguments.work / "codes.safetensors"))
+    load_model(model.model.vision_model, str(arguments.work / "encoder.safetensors"))
     family = Janus(model, processor)
-    per_step = (arguments.drawn, arguments.judged, arguments.captioned)
-    train(family, arguments.work, arguments.steps, per_step, arguments.seed, arguments.save_every)
+    per_step = (arguments.drawn, arguments.scenes, arguments.questions)
+    train(family, arguments.work, arguments.steps, per_step, arguments.seed, arguments.save_every, arguments.rate)
     family.save(arguments.out)
 
 

@@ -12,8 +12,10 @@ from stages.suites.base import PromptRow, PromptSource, Suite
 
 class ShapesPrompts(PromptSource):
     source: Literal["shapes"]
-    split: Literal["post-training", "held-out"] = Field(
-        default="post-training", description="The split of the grammar. Prompts for evaluation come from held-out."
+    split: Literal["post-training", "validation", "test"] = Field(
+        default="post-training",
+        description="The split of the grammar. Training prompts come from post-training. Settings are chosen on validation, and "
+        "test is measured with final settings only.",
     )
     categories: list[str] = Field(default=[], description="Take only these categories. Empty takes all.")
 
