@@ -48,6 +48,7 @@ def judge_batch(judge: Judge, name: str, prompts: dict[str, Row], batch: Sequenc
             "verdict": verdict.matches,
             "score": verdict.score,
             "answer": verdict.answer,
+            "reason": verdict.reason,
             "judge": name,
         }
         for item, verdict in zip(items, judge(items), strict=True)

@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers import edited, planned_outputs, rerun, restored, write_config
 
-AFTER_JUDGE = {"judge", "evaluate", "summary", "contact_sheet"}
+AFTER_JUDGE = {"judge", "evaluate", "summary", "contact_sheet", "judge_report"}
 # When training re-runs, so does everything that the trained models draw and judge, with the replay and the later schedules.
 AFTER_TRAIN = {"train", "generate", "score", "replay_pairs", "replay_merge", "schedule", *AFTER_JUDGE}
 AFTER_SCORE = {"pairs", "reference", "replay_pool", *AFTER_TRAIN}
@@ -98,6 +98,7 @@ EDITS: dict[str, tuple[str, str, str, set[str]]] = {
     ),
     "the oracle": ("stages/shapes/oracle.py", "TOLERANCE = 0.03", "TOLERANCE = 0.02", AFTER_JUDGE),
     "a metric": (METRICS, "return image.scorer.grade if", "return 1 * image.scorer.grade if", {"evaluate", "summary"}),
+    "an interval of the judge report": ("stages/tools/rates.py", "Z = 1.959964", "Z = 1.644854", {"judge_report"}),
     "the table": ("stages/report.py", "round(v, 3)", "round(v, 4)", {"summary"}),
     "the replayed pool": (
         "stages/replay.py",
@@ -175,6 +176,7 @@ def test_adding_a_benchmark_runs_only_that_benchmark(run):
     benchmark = {"prompts": {"source": "shapes", "split": "validation", "categories": ["color"], "count": 3}, "judge": "shapes"}
     with restored(folder / "config.yaml"):
         write_config(folder, benchmarks={"colours": benchmark})
-        assert rerun(run) == {"prompts", "prompt_sets", "generate", "score", "judge", "evaluate", "summary"}
+        expected = {"prompts", "prompt_sets", "generate", "score", "judge", "evaluate", "summary", "judge_report"}
+        assert rerun(run) == expected
         for stage in ("generate", "score", "judge"):
             assert {"colours"} == {line.split("/")[-2] for line in planned_outputs(run, stage).splitlines()}

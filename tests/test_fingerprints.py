@@ -705,7 +705,7 @@ def test_read_settings_are_those_that_the_stage_mentions(repository):
 
 STEPS = (
     *("prompts", "generate", "score", "judge", "pairs", "replay", "reference", "schedule", "train"),
-    *("evaluate", "report", "contact_sheet"),
+    *("evaluate", "report", "contact_sheet", "judge_report"),
 )
 
 

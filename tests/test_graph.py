@@ -64,7 +64,13 @@ def test_status_knows_every_job_of_a_finished_run(run):
     outputs = {line.split("\t")[0] for line in summary.splitlines() if line.startswith("results/")}
     known = {job.out for job in read_jobs(folder / "results/small")}
     assert known <= outputs
-    others = (".tar", "discard.parquet", "training.parquet", "training.png")  # further outputs of the same jobs
+    others = (
+        ".tar",
+        "discard.parquet",
+        "training.parquet",
+        "training.png",
+        "judge_report.png",
+    )  # further outputs of the same jobs
     assert all(file.endswith(others) for file in outputs - known)
     table = stage("tools.status", folder / "results/small").stdout
     assert sum(int(line.split()[1]) for line in table.splitlines()[1:]) == len(known)  # all of them are done

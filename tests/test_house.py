@@ -64,7 +64,7 @@ def test_every_key_of_the_configuration_has_a_description_in_a_sentence():
     ("stage", "modules"),
     [
         (name, ("torch", "transformers", "trl", "pandas"))
-        for name in ("prompts", "pairs", "schedule", "replay", "evaluate", "report")
+        for name in ("prompts", "pairs", "schedule", "replay", "evaluate", "report", "judge_report")
     ]
     + [(name, ("torch", "transformers", "trl")) for name in ("generate", "score", "train", "reference", "contact_sheet")],
 )

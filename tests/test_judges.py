@@ -94,6 +94,10 @@ def table(folder: Path, rows: list[dict], suffix: str = ".csv", name: str = "peo
         ([{"verdict": 1.0}, {"verdict": None}], [Verdict(True), Verdict(None)]),
         ([{"verdict": " Yes"}, {"verdict": "NO"}, {"verdict": "NA"}], [Verdict(True), Verdict(False), Verdict(None)]),
         ([{"score": 0.6}, {"score": 0.5999}, {"score": None}], [Verdict(True, 0.6), Verdict(False, 0.5999), Verdict(None)]),
+        (
+            [{"verdict": 0, "reason": "color"}, {"verdict": 1, "reason": None}, {"verdict": 0, "reason": " "}],
+            [Verdict(False, reason="color"), Verdict(True), Verdict(False)],
+        ),
         ([{"verdict": "no", "score": 0.9}, {"verdict": None, "score": 0.9}], [Verdict(False, 0.9), Verdict(True, 0.9)]),
     ],
 )
@@ -192,7 +196,9 @@ def test_an_empty_picture_is_wrong_and_not_unreadable():
     judge = shapes.open_oracle(shapes.ShapesJudge(kind="shapes"))
     meaning = split_meanings("color", "validation")[0]
     empty = render(np.zeros((1, 4, 4), dtype=int))[0]
-    assert judge([Item("c0", {"prompt": meaning.prompt(), "metadata": meaning.to_json()}, empty)]) == [Verdict(False)]
+    assert judge([Item("c0", {"prompt": meaning.prompt(), "metadata": meaning.to_json()}, empty)]) == [
+        Verdict(False, reason="number")
+    ]
 
 
 # A model family
@@ -315,7 +321,7 @@ def test_a_judge_that_is_not_there_is_named(name, words, world, monkeypatch):
         run(folder, monkeypatch, name)
 
 
-@pytest.mark.parametrize("name", ["judge", "evaluate", "report", "contact_sheet", "tools.metrics"])
+@pytest.mark.parametrize("name", ["judge", "evaluate", "report", "contact_sheet", "judge_report", "tools.metrics"])
 def test_torch_is_not_imported_before_it_is_needed(name):
     heavy = ("torch", "transformers", "pandas", "snakemake")
     script = f"import sys, stages.{name}; print([name for name in {heavy!r} if name in sys.modules])"

@@ -314,7 +314,7 @@ def test_the_profile_runs_what_an_edit_touches_and_what_is_asked_for(source, loc
     with edited(source / "stages/score.py"):
         assert rerun(run, *profile, "--until", "pairs") == {"score", "pairs"}
     after = {"replay_pool", "replay_pairs", "replay_merge", "schedule", "train", "contact_sheet", "evaluate", "summary"}
-    assert after | {"pairs", "score"} <= rerun(run, *profile, "--forcerun", "pairs")
+    assert after | {"pairs", "score", "judge_report"} <= rerun(run, *profile, "--forcerun", "pairs")
     fresh = (source, prepared(tmp_path / "run"), "")
     assert "evaluate" not in rerun(fresh, *profile, "--until", "score")
     assert "train" not in rerun(fresh, *profile, "--omit-from", "train")

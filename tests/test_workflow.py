@@ -42,6 +42,8 @@ def test_a_run_ends_with_the_table(run):
     assert (base["und"], base["und_n"], float(base["und_paper"])) == ("", "0", 50)
     assert re.search(r"^base +\d+\.\d", output, re.MULTILINE)
     assert Image.open(folder / "results/small/contact_sheet.png").width > 500
+    assert Image.open(folder / "results/small/judge_report.png").width > 500
+    assert "Judge report of " in output
     assert "accept_threshold: 0.9" in (folder / "results/small/run_config.yaml").read_text()
 
 
@@ -84,6 +86,7 @@ def test_the_report_carries_table_and_sheet(run, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "summary.csv" in page
     assert "contact_sheet.png" in page
+    assert "judge_report.png" in page
 
 
 # A job of every stage: its rule, the message with which Snakemake starts it, and the seconds within which it is killed. These
@@ -101,6 +104,7 @@ KILLS = [
     ("replay_pairs", "Recovered", 0.3),
     ("evaluate", "Evaluation", 0.3),
     ("summary", "Summary", 0.3),
+    ("judge_report", "Judge report", 0.3),
 ]
 
 

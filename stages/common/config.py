@@ -345,6 +345,12 @@ class Config(Section):
         """Return the selection settings of an arm."""
         return Pairs.model_validate(self.pairs.model_dump() | self.arms[arm].pairs)
 
+    def accept_thresholds(self) -> list[float]:
+        """Return the thresholds at which arms accept candidates, or that of the section pairs if no arm selects by p_yes."""
+        selections = [self.arm_pairs(arm) for arm in self.arms]
+        own = {selection.accept_threshold for selection in selections if selection.filter == "judge"}
+        return sorted(own or {self.pairs.accept_threshold})
+
     def judge(self, name: str) -> JudgeSettings:
         """Return the settings of a judge: those in `judges`, or the defaults of the kind with this name."""
         if name in self.judges:

@@ -105,6 +105,7 @@ SCHEMAS: dict[str, dict[str, Column]] = {
         ),
         "score": optional(REAL, description="The judge's graded score in [0, 1], where it has one."),
         "answer": optional(TEXT, description="The judge's own words, where it has any."),
+        "reason": optional(TEXT, description="Why the image does not match, as the name of a kind of error, if known."),
         "judge": required(TEXT, description="The external judge's name."),
     },
     "pairs": {
@@ -167,6 +168,25 @@ SCHEMAS: dict[str, dict[str, Column]] = {
         "delta_ci_low": optional(REAL, description="The lower end of the 95 % interval of this paired difference."),
         "delta_ci_high": optional(REAL, description="Its upper end."),
         "seed": required(INTEGER, description="The run's seed."),
+    },
+    "judge_report": {
+        "run": required(TEXT, description="The run."),
+        "set": required(TEXT, description="The benchmark, or train for the candidates of the training prompts."),
+        "checkpoint": required(TEXT, description="base, or the arm, whose images and whose own judge are described."),
+        "judge": optional(TEXT, description="The external judge; empty where the images have no verdicts of one."),
+        "category": required(TEXT, description="A category, or overall: the images of all categories together."),
+        "reason": optional(
+            TEXT, description="Only wrong images with this reason are counted, beside the right ones; empty where all are."
+        ),
+        "measure": required(TEXT, description="What is measured; stages/judge_report.py defines all measures."),
+        "threshold": optional(REAL, description="The threshold of p_yes that the measure applies, or the lower end of a bin."),
+        "upper": optional(REAL, description="The upper end of a bin of p_yes."),
+        "value": optional(REAL, description="The value, for shares from 0 to 1; empty where nothing was counted."),
+        "numerator": optional(REAL, description="The sum of what was counted, where the value is a share or a mean."),
+        "n": required(INTEGER, description="How many images or, for pool, prompts were counted."),
+        "ci_low": optional(REAL, description="The 95 % confidence interval's lower end; empty where none is computed."),
+        "ci_high": optional(REAL, description="Its upper end."),
+        "text": optional(TEXT, description="The finding in words, for the measures finding and warning."),
     },
 }
 

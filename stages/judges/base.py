@@ -51,11 +51,14 @@ class Verdict:
     score: a graded score in [0, 1], for judges that have one. Gen. averages it instead of the verdict. A judge that only
         grades leaves `matches` empty: it can measure Gen., and nothing that compares verdicts.
     answer: the judge's own words, where it has any.
+    reason: why the image does not match, as the name of a kind of error, for judges that know it. The judge report measures the
+        model's own judge for each reason separately, so a judge should have few of them.
     """
 
     matches: bool | None
     score: float | None = None
     answer: str | None = None
+    reason: str | None = None
 
     def __post_init__(self) -> None:
         if self.score is not None and not 0 <= self.score <= 1:

@@ -25,7 +25,8 @@ def open_oracle(settings: ShapesJudge) -> Judge:
     def judge(items: Sequence[Item]) -> list[Verdict]:
         meanings = [meaning_of(item) for item in items]
         grids = read_scenes(items)
-        return [Verdict(oracle.matches(meaning, grid)) for meaning, grid in zip(meanings, grids, strict=True)]
+        errors = [oracle.error(meaning, grid) for meaning, grid in zip(meanings, grids, strict=True)]
+        return [Verdict(error is None, reason=error) for error in errors]
 
     return judge
 

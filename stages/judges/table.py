@@ -2,7 +2,8 @@
 
 Columns: `candidate_id`, and `verdict` (true or false, 1 or 0, yes or no) or `score` (a number in [0, 1]) or both. Where a row
 has only a score, the image matches when the score is at least `threshold`. Images that the table leaves out, and rows with
-neither a verdict nor a score, count as unreadable.
+neither a verdict nor a score, count as unreadable. The column `reason` is optional: a word or two that say why an image does
+not match, such as color or count.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def read_table(path: Path, threshold: float) -> dict[str, Verdict]:
         score = _score(path, name, row.get("score"))
         if matches is None and score is not None:
             matches = score >= threshold
-        verdict = Verdict(matches, score)
+        verdict = Verdict(matches, score, reason=_text(row.get("reason")) or None)
         if found.setdefault(name, verdict) != verdict:
             raise UserError(f"{path}: candidate {name} has two different verdicts; keep one row for each image")
     return found

@@ -32,10 +32,10 @@ ERRORS = ("shape", "color", "texture", "number", "relation")
 
 @dataclass(frozen=True, order=True)
 class Group:
-    """`count` objects with the same description. An attribute that is None is free."""
+    """`count` objects with the same description. An attribute that is None is free; a prompt always names the shape."""
 
     count: int
-    shape: str
+    shape: str | None
     color: str | None = None
     texture: str | None = None
 
@@ -49,7 +49,7 @@ class Group:
     def fits(self, value: int) -> bool:
         shape, color, texture = decode_kind(value)
         return (
-            SHAPES[shape] == self.shape
+            self.shape in (None, SHAPES[shape])
             and self.color in (None, COLOR_NAMES[color])
             and self.texture in (None, TEXTURES[texture])
         )

@@ -34,6 +34,7 @@ RUN = f"results/{settings.run}"
 CONFIG = f"{RUN}/run_config.yaml"
 SHARDS = [f"{number:04d}" for number in range(settings.generate.shards)]
 BENCHMARKS = list(settings.benchmarks)
+JUDGED = [name for name in BENCHMARKS if settings.benchmarks[name].judge]  # those with an external judge
 EVALUATED = ["base", *settings.arms]
 # Everything besides the weights on which a model's results depend. Device and batch sizes are not included.
 MODEL = {"family": settings.model.family, "dtype": settings.model.dtype}

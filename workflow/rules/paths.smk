@@ -242,8 +242,36 @@ def shown_verdicts():
     return [f"{RUN}/{node}/verdicts/{judge}/{BENCHMARKS[0]}/{SHARDS[0]}.parquet" for node in EVALUATED] if judge else []
 
 
+def reported_sets():
+    """Return the sets and checkpoints of the judge report with the folders of their verdicts, which may be None.
+
+    These are the images of all benchmarks with an external judge, and the base model's training candidates. The candidates have
+    verdicts only if a control selects by them and the same judge judges the first of these benchmarks.
+    """
+    judge = settings.benchmarks[JUDGED[0]].judge
+    found = [(name, node, f"verdicts/{settings.benchmarks[name].judge}") for name in JUDGED for node in EVALUATED]
+    return [*found, ("train", "base", f"verdicts/{judge}" if judge in ORACLES else None)]
+
+
+def reported_files(kind):
+    """Return the scores or the verdicts that the judge report reads."""
+    folders = [(name, node, "scores" if kind == "scores" else verdicts) for name, node, verdicts in reported_sets()]
+    return [path for name, node, folder in folders if folder for path in shard_files(node, folder, name)]
+
+
+def reported_arguments(kind):
+    """Return the arguments that give the judge report these files.
+
+    The shards are written as {0000..0199}, which bash expands, because a command line for bash is limited to 128 KiB.
+    """
+    shards = f"{{{SHARDS[0]}..{SHARDS[-1]}}}.parquet"
+    folders = [(name, node, "scores" if kind == "scores" else verdicts) for name, node, verdicts in reported_sets()]
+    return [f"--{kind} {name} {node} {RUN}/{node}/{folder}/{name}/{shards}" for name, node, folder in folders if folder]
+
+
 def final_outputs():
-    """Return the final outputs of a run: the table and the contact sheet or, without a benchmark, the arms' checkpoints."""
+    """Return the final outputs of a run: tables and pictures or, without a benchmark, the arms' checkpoints."""
     if not BENCHMARKS:
         return [path for arm in settings.arms for path in checkpoint_files(arm, "draw")] + waiting_pools()
-    return [f"{RUN}/summary.csv", f"{RUN}/contact_sheet.png", *waiting_pools()]
+    judge_report = [f"{RUN}/judge_report.parquet", f"{RUN}/judge_report.png"] if JUDGED else []
+    return [f"{RUN}/summary.csv", f"{RUN}/contact_sheet.png", *judge_report, *waiting_pools()]

@@ -1,4 +1,4 @@
-"""The final outputs: the summary table of all arms, and the contact sheet."""
+"""The final outputs: the summary table of all arms, the contact sheet, and the report on the model's own judge."""
 
 
 rule summary:
@@ -61,3 +61,39 @@ if BENCHMARKS:
             " --verdicts {input.verdicts:q}"
             " --out {output:q}"
             " 2>&1 | logged {log:q}"
+
+
+if JUDGED:
+
+    rule judge_report:
+        input:
+            prompts=[f"{RUN}/prompts/{name}.parquet" for name in [*JUDGED, "train"]],
+            scores=reported_files("scores"),
+            verdicts=reported_files("verdicts"),
+        output:
+            table=f"{RUN}/judge_report.parquet",
+            plot=report(f"{RUN}/judge_report.png", caption="../report/judge_report.rst", category="Results"),
+        log:
+            f"{RUN}/logs/judge_report.log",
+        conda:
+            "../../envs/light.yaml"
+        resources:
+            mem_mb=2000,
+        params:
+            code=code("stages.judge_report"),
+            config=CONFIG,
+            accept_thresholds=settings.accept_thresholds(),
+            prompts=[f"--prompts {name} {RUN}/prompts/{name}.parquet" for name in [*JUDGED, "train"]],
+            scores=lambda wildcards: reported_arguments("scores"),
+            verdicts=lambda wildcards: reported_arguments("verdicts"),
+        message:
+            "Judge report"
+        shell:
+            "python -m stages.judge_report"
+            " --config {params.config:q}"
+            " {params.prompts}"
+            " {params.scores}"
+            " {params.verdicts}"
+            " --out {output.table:q}"
+            " --plot {output.plot:q}"
+            " > {log:q} 2>&1"

@@ -54,9 +54,10 @@ def cancel_orphans():
 
 
 def show_summary():
-    log = Path(f"{RUN}/logs/summary.log")
-    if log.exists():
-        print(log.read_text())
+    for name in ("summary", "judge_report"):
+        log = Path(f"{RUN}/logs/{name}.log")
+        if log.exists():
+            print(log.read_text())
 
 
 def show_status():
