@@ -22,6 +22,8 @@ Values are percentages, overall. In parentheses: the 95 % interval of the differ
 gen: the image matches its prompt according to the benchmark's judge or scorers. non: the model rejects its own image.
 und: the win rate over base, on the n verdicts that differ from base's. Its interval is that of the difference from 50, a draw.
 judge_on_base, judge_on_own: the model agrees with the benchmark's judge on the base model's images, and on its own."""
+UNDERSTANDING = """\
+Understanding benchmarks ask about images that no model drew; stages/understanding/ defines their metrics."""
 Row = dict[str, Any]
 
 
@@ -76,11 +78,27 @@ def table(rows: list[Row]) -> str:
     return "\n".join(text)
 
 
+def understands(row: Row) -> bool:
+    """Return whether a row belongs to an understanding benchmark. Every other benchmark has Non."""
+    return "non" not in row
+
+
+def answers_table(rows: list[Row]) -> str:
+    """Return the overall rows of an understanding benchmark as a table with a line for each metric."""
+    names = [name.removesuffix("_n") for name in rows[0] if name.endswith("_n")]
+    lines = [["", *(row["arm"] for row in rows)], *([name, *(cell(row, name) for row in rows)] for name in names)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
 def show(rows: list[Row]) -> str:
     """Return one table for each benchmark."""
     parts = []
     for benchmark in dict.fromkeys(row["benchmark"] for row in rows):
         overall = [row for row in rows if row["benchmark"] == benchmark and row["category"] == "overall"]
+        if understands(overall[0]):
+            parts.append(f"{benchmark} (understanding)\n{answers_table(overall)}")
+            continue
         judge, scorer = overall[0]["judge"], overall[0]["scorer"]
         judged = f"judge {judge}" if judge else "no external judge"
         scored = f", gen by {scorer}" if scorer and scorer != judge else ""
@@ -99,6 +117,8 @@ def main() -> None:
     write_csv(rows, arguments.out)
     print(show(rows))
     print(f"\n{LEGEND}")
+    if any(map(understands, rows)):
+        print(UNDERSTANDING)
 
 
 if __name__ == "__main__":

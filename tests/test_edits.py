@@ -14,7 +14,8 @@ AFTER_PROMPTS = {"prompts", "prompt_sets", *AFTER_SCORE}
 
 CONFIG, SETTINGS, MANIFESTS = (f"stages/common/{name}.py" for name in ("config", "settings", "manifests"))
 BASE = "stages/families/base.py"
-FAMILIES, JUDGES, SUITES = (f"stages/{name}/__init__.py" for name in ("families", "judges", "suites"))
+REGISTRIES = (f"stages/{name}/__init__.py" for name in ("families", "judges", "suites", "understanding"))
+FAMILIES, JUDGES, SUITES, UNDERSTANDING = REGISTRIES
 JANUS, DECODE = "stages/families/janus/family.py", "stages/families/janus/decode.py"
 TRAINER, ASKING, METRICS = "stages/training/trainer.py", "stages/families/tools/asking.py", "stages/tools/metrics.py"
 
@@ -64,6 +65,13 @@ EDITS: dict[str, tuple[str, str, str, set[str]]] = {
     "a new family": (FAMILIES, "FAMILIES = {\n", 'FAMILIES = {\n    "other": "stages.families.other:OTHER",\n', set()),
     "a new kind of judge": (JUDGES, "JUDGES = {\n", 'JUDGES = {\n    "again": "stages.judges.shapes:SHAPES",\n', set()),
     "a new suite": (SUITES, "SUITES = {\n", 'SUITES = {\n    "again": "stages.suites.shapes:SHAPES",\n', set()),
+    "a new kind of understanding benchmark": (
+        UNDERSTANDING,
+        "UNDERSTANDING = {\n",
+        'UNDERSTANDING = {\n    "again": "stages.understanding.shapes:SHAPES",\n',
+        set(),
+    ),
+    "the code of an understanding benchmark that is not used": ("stages/understanding/shapes.py", "24", "32", set()),
     "a new kind of manifest": (
         MANIFESTS,
         '    "prompts": {\n',
@@ -180,3 +188,21 @@ def test_adding_a_benchmark_runs_only_that_benchmark(run):
         assert rerun(run) == expected
         for stage in ("generate", "score", "judge"):
             assert {"colours"} == {line.split("/")[-2] for line in planned_outputs(run, stage).splitlines()}
+
+
+def test_adding_an_understanding_benchmark_asks_every_arm_and_nothing_else(run):
+    _, folder, _ = run
+    with restored(folder / "config.yaml"):
+        write_config(folder, understanding={"scenes": {"kind": "shapes", "count": 8, "captions": 0}})
+        assert rerun(run) == {"understand", "count_answers", "summary"}
+        asked = {line.split("/")[2] for line in planned_outputs(run, "understand").splitlines()}
+        assert asked == {"base", "sft", "dpo", "c-sft"}
+
+
+def test_learning_curves_evaluate_the_checkpoints_within_the_arms_and_nothing_else(run):
+    _, folder, _ = run
+    with restored(folder / "config.yaml"):
+        write_config(folder, evaluate={"every_checkpoint": True})
+        assert rerun(run) == {"generate", "score", "judge", "evaluate", "learning_curves"}
+        for stage in ("generate", "score", "judge", "evaluate"):
+            assert {line.split("/")[2] for line in planned_outputs(run, stage).splitlines()} == {"sft-epoch1"}

@@ -13,6 +13,7 @@ from stages.common.fingerprints import code
 from stages.families import FAMILIES, describe
 from stages.judges import JUDGES, judge_kind
 from stages.suites import SUITES, open_suite
+from stages.understanding import UNDERSTANDING, understanding_kind
 from tests.helpers import ROOT, environment
 
 
@@ -53,6 +54,7 @@ def sections(section: type[BaseModel]) -> list[type[BaseModel]]:
 
 def test_every_key_of_the_configuration_has_a_description_in_a_sentence():
     others = [*(open_suite(name).settings for name in SUITES), *(judge_kind(name).settings for name in JUDGES)]
+    others += [understanding_kind(name).settings for name in UNDERSTANDING]
     others += [describe(name).sampling for name in FAMILIES]
     for section in [*sections(Config), *(found for other in others for found in sections(other))]:
         for name, field in section.model_fields.items():
@@ -60,13 +62,16 @@ def test_every_key_of_the_configuration_has_a_description_in_a_sentence():
                 assert field.description and field.description[-1] == ".", f"{section.__name__}.{name}"
 
 
+LIGHT = ("prompts", "pairs", "schedule", "replay", "evaluate", "report", "judge_report", "count_answers", "learning_curves")
+
+
 @pytest.mark.parametrize(
     ("stage", "modules"),
-    [
-        (name, ("torch", "transformers", "trl", "pandas"))
-        for name in ("prompts", "pairs", "schedule", "replay", "evaluate", "report", "judge_report")
-    ]
-    + [(name, ("torch", "transformers", "trl")) for name in ("generate", "score", "train", "reference", "contact_sheet")],
+    [(name, ("torch", "transformers", "trl", "pandas")) for name in LIGHT]
+    + [
+        (name, ("torch", "transformers", "trl"))
+        for name in ("generate", "score", "train", "reference", "contact_sheet", "understand")
+    ],
 )
 def test_help_and_light_stages_do_not_import_the_heavy_packages(stage, modules):
     script = f"import sys, stages.{stage}; print([m for m in {modules!r} if m in sys.modules])"

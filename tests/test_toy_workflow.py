@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas
 import pytest
 import yaml
+from PIL import Image
 from stages.families.toy.family import write_checkpoint
 
 from tests.helpers import ROOT, completed, copy_of_the_project, write_config
@@ -14,7 +15,8 @@ from tests.helpers import ROOT, completed, copy_of_the_project, write_config
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A copy of the project to which a user has added the toy family, and the judge and the suite of docs/extending.md.
+    """A copy of the project to which a user has added the toy family, and what docs/extending.md shows:
+    a judge, a suite and an understanding benchmark.
 
     Each is a module of its own and the one line in its registry that the page names.
     """
@@ -22,15 +24,15 @@ def source(tmp_path_factory):
     shutil.copytree(ROOT / "tests/families/toy", folder / "stages/families/toy")
     register(folder, "families", '"toy": "stages.families.toy:TOY",')
     page = (ROOT / "docs/extending.md").read_text()
-    for code in re.findall(r"```python\n(# stages/(?:judges|suites)/.*?)```", page, re.DOTALL):
+    for code in re.findall(r"```python\n(# stages/(?:judges|suites|understanding)/.*?)```", page, re.DOTALL):
         (folder / code.split("\n")[0].removeprefix("# ")).write_text(code)
-    for line, package in re.findall(r"one line in `[A-Z]+`: `(\"\w+\": \"stages\.(judges|suites)\.[^`]*)`", page):
+    for line, package in re.findall(r"one line in `[A-Z]+`: `(\"\w+\": \"stages\.(judges|suites|understanding)\.[^`]*)`", page):
         register(folder, package, line)
     return folder
 
 
 def register(folder: Path, package: str, line: str) -> None:
-    """Add a line at the beginning of the registry of families, judges or suites."""
+    """Add a line at the beginning of the registry of families, judges, suites or understanding benchmarks."""
     path = folder / "stages" / package / "__init__.py"
     path.write_text(path.read_text().replace(f"{package.upper()} = {{\n", f"{package.upper()} = {{\n    {line}\n"))
 
@@ -38,6 +40,10 @@ def register(folder: Path, package: str, line: str) -> None:
 def test_a_family_without_codes_goes_through_the_whole_loop(source, tmp_path):
     checkpoint = write_checkpoint(tmp_path / "checkpoint")
     (tmp_path / "light.csv").write_text("prompt,category\na dark cat,light\na bright dog,light\n")
+    for name, gray in (("night.png", 20), ("noon.png", 230)):
+        Image.new("RGB", (12, 12), (gray,) * 3).save(tmp_path / name)
+    lines = ["image,prompt,category,answer", "night.png,a dark sky,light,yes", "noon.png,a dark sky,light,no", ""]
+    (tmp_path / "sky.csv").write_text("\n".join(lines))
     words = ["cat", "dog", "boat", "tree", "cup", "key", "lamp", "road", "bird"]
     for name, phrase in (("train", "a {}"), ("val", "two {}s")):
         (tmp_path / f"{name}.txt").write_text("".join(phrase.format(word) + "\n" for word in words))
@@ -54,6 +60,7 @@ def test_a_family_without_codes_goes_through_the_whole_loop(source, tmp_path):
                 "judge": "dim",
             },
         },
+        "understanding": {"sky": {"kind": "photos", "files": [str(tmp_path / "sky.csv")], "side": 8}},
         "generate": {"candidates": 6, "shards": 1, "sampling": {"steps": 3}},
         "score": {},
         "pairs": {"accept_threshold": 0.6, "reject_threshold": 0.6, "minimum_margin": 0.0},
@@ -85,3 +92,7 @@ def test_a_family_without_codes_goes_through_the_whole_loop(source, tmp_path):
         verdicts = pandas.read_parquet(results / f"base/verdicts/{judge}/light/0000.parquet")
         assert len(verdicts) == 2 * 2
         assert verdicts.score.between(0, 1).all()
+    answers = pandas.read_parquet(results / "c-dpo/answers/sky.parquet")
+    assert list(answers.question) == ["Does this image show a dark sky?"] * 2
+    assert set(answers.score) <= {0, 1}
+    assert overall.accuracy["sky"] == 100 * pandas.read_parquet(results / "base/answers/sky.parquet").score.mean()

@@ -19,15 +19,20 @@ from stages.families import describe
 from stages.judges import JUDGES, judge_kind
 from stages.judges.base import JudgeSettings
 from stages.suites import SUITES, open_suite
+from stages.understanding import UNDERSTANDING, understanding_kind
+from stages.understanding.base import UnderstandingSettings
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
 if TYPE_CHECKING:
     from stages.judges.base import JudgeSettings as Judging
     from stages.suites.base import PromptSource as Prompts
-else:  # one alternative for each registered suite and kind of judge, told apart by `source` and `kind`
+    from stages.understanding.base import UnderstandingSettings as Understanding
+else:  # one alternative for each registered suite and for each kind of judge and of understanding benchmark
     Prompts = Annotated[Union[tuple(open_suite(name).settings for name in SUITES)], Field(discriminator="source")]  # noqa: UP007
     Judging = Annotated[Union[tuple(judge_kind(name).settings for name in JUDGES)], Field(discriminator="kind")]  # noqa: UP007
+    _KINDS = tuple(understanding_kind(name).settings for name in UNDERSTANDING)
+    Understanding = Annotated[Union[_KINDS], Field(discriminator="kind")] if len(_KINDS) > 1 else _KINDS[0]  # noqa: UP007
 
 
 class Benchmark(Section):
@@ -227,6 +232,11 @@ class Evaluate(Section):
     bootstrap: Positive = Field(
         default=2000, description="Resamples of prompts from which the 95 % confidence intervals are computed."
     )
+    every_checkpoint: bool = Field(
+        default=False,
+        description="Also evaluate the checkpoints at the epochs of train.fork_epochs and replay_epochs on every benchmark, "
+        "and plot learning curves (learning_curves.png and .csv). Nothing more is trained.",
+    )
 
 
 class Report(Section):
@@ -249,6 +259,11 @@ class Config(Section):
     judges: dict[Name, Judging] = Field(
         default={}, description="External judges, by name. They only measure, except in controls (pairs.filter oracle)."
     )
+    understanding: dict[Name, Understanding] = Field(
+        default={},
+        description="Understanding benchmarks, by name: questions about images that no model drew. The base model and every "
+        "arm are asked all of them.",
+    )
     generate: Generate = Field(default=Generate(), description="How candidates are drawn.")
     score: Score = Field(default=Score(), description="How the model judges its own images.")
     pairs: Pairs = Field(default=Pairs(), description="Which candidates become training data.")
@@ -268,7 +283,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        problems = [*self._sampling_problems(), *self._judge_problems(), *self._arm_problems()]
+        problems = [*self._sampling_problems(), *self._judge_problems(), *self._understanding_problems(), *self._arm_problems()]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -301,6 +316,17 @@ class Config(Section):
                     self.judge(judge)
                 except ValueError as error:
                     problems.append(f"{key}: {error}")
+        return problems
+
+    def _understanding_problems(self) -> list[str]:
+        problems = []
+        if self.understanding and "judge" not in describe(self.model.family).roles:
+            problems.append(
+                f"understanding: the family {self.model.family} only draws and cannot answer questions; choose another "
+                "model.family, or remove this section"
+            )
+        if both := sorted(self.understanding.keys() & self.benchmarks.keys()):
+            problems.append(f"understanding.{both[0]}: benchmarks has one with the same name; choose another name")
         return problems
 
     def _arm_problems(self) -> list[str]:
@@ -362,6 +388,13 @@ class Config(Section):
         except ValidationError:
             raise ValueError(f"a judge of kind {name} needs settings; give them in judges.{name}") from None
 
+    def understanding_benchmark(self, name: str) -> UnderstandingSettings:
+        """Return the settings of an understanding benchmark. Raises UserError on an unknown name."""
+        if name not in self.understanding:
+            known = f"which has {', '.join(self.understanding)}" if self.understanding else "which is empty"
+            raise UserError(f"--name {name}: not in the section understanding, {known}")
+        return self.understanding[name]
+
     def scorers(self, benchmark: str) -> dict[str, str]:
         """Return the categories of a benchmark that have a scorer of their own, with the name of that judge."""
         chosen = self.benchmarks[benchmark]
@@ -395,6 +428,8 @@ def _known_keys(location: Sequence[int | str]) -> list[str]:
             section = fields[part].annotation
         elif str(section).startswith("dict["):
             section = section.__args__[1]
+        elif location[0] == "understanding" and part in UNDERSTANDING:
+            section = understanding_kind(str(part)).settings
         elif part in SUITES:
             section = open_suite(str(part)).settings
         elif part in JUDGES:
@@ -424,7 +459,7 @@ def validate(fields: dict[str, Any], name: str = "config.yaml") -> Config:
         return Config.model_validate(fields)
     except ValidationError as failure:
         lines: list[str] = []
-        tags = {*SUITES, *JUDGES}  # pydantic puts the alternative that it has chosen into the location
+        tags = {*SUITES, *JUDGES, *UNDERSTANDING}  # pydantic puts the alternative that it has chosen into the location
         for error in failure.errors():
             *path, last = error["loc"] or ("",)
             location = (*(part for part in path if part not in tags), *([last] if last else []))

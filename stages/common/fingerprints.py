@@ -44,7 +44,7 @@ from stages.common.syntax import Dotted, Module, Reader, Unit
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("stages", "speed")
-REGISTRIES = {"FAMILIES", "JUDGES", "SCHEMAS", "SUITES"}  # of these tables a run uses only the entries that it names
+REGISTRIES = {"FAMILIES", "JUDGES", "SCHEMAS", "SUITES", "UNDERSTANDING"}  # of these, a run uses only the entries that it names
 SETTINGS = ("pydantic.", "stages.common.settings.", "stages.common.config.")  # where base classes of settings come from
 # The configuration supplies settings, and rules pass those as parameters. The fingerprints themselves change no result.
 NEVER = {__name__, "stages.common.syntax", "stages.common.config", "stages.common.settings"}

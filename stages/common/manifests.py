@@ -108,6 +108,17 @@ SCHEMAS: dict[str, dict[str, Column]] = {
         "reason": optional(TEXT, description="Why the image does not match, as the name of a kind of error, if known."),
         "judge": required(TEXT, description="The external judge's name."),
     },
+    "answers": {
+        "question_id": required(TEXT, description="The question's name, unique within its benchmark."),
+        "image_id": required(TEXT, description="The name of the image that it is about."),
+        "part": required(TEXT, description="The part of the benchmark."),
+        "category": required(TEXT, description="The category, such as the kind of error or the type of question."),
+        "question": required(TEXT, description="The question as it was asked."),
+        "expected": optional(TEXT, description="The right answer or, for an open question, an example of one."),
+        "answer": optional(TEXT, description="The generated answer, where one was generated."),
+        "p_yes": optional(REAL, description="P(yes) / (P(yes) + P(no)), for questions to be answered with yes or no."),
+        "score": optional(REAL, description="How right the answer is, from 0 to 1; empty where it could not be read."),
+    },
     "pairs": {
         "prompt_id": required(TEXT, description="The prompt."),
         "round": required(INTEGER, description="0, or the epoch after which the discard pool was drawn again."),

@@ -94,6 +94,43 @@ def from_json(text: str) -> Meaning:
         raise ValueError(f"metadata is not a shapes meaning: {text!r}") from error
 
 
+def parse_prompt(text: str) -> Meaning:
+    """Return the meaning of a prompt, the inverse of `Meaning.prompt`. Raises ValueError on a text that is no prompt.
+
+    The meaning need not be one of `meanings`: any number of groups in the wording of the grammar has one. Upper and lower case
+    and the amount of white space do not matter.
+    """
+    prompt = " ".join(text.lower().split())
+    relation = next((name for name in RELATIONS if f" {name} " in prompt), None)
+    groups = tuple(_parse_phrase(phrase) for phrase in prompt.split(f" {relation or 'and'} "))
+    meaning = Meaning(_category(groups, relation), groups, relation)
+    if meaning.prompt() != prompt or (relation and len(groups) != 2):
+        raise ValueError(f"not in the wording of the grammar: {text!r}")
+    return meaning
+
+
+def _parse_phrase(phrase: str) -> Group:
+    number, *words = phrase.split() or [""]
+    count = next((count for count, name in NUMBERS.items() if name == number), 1)
+    texture = words.pop(0) if words and words[0] in TEXTURES else None
+    color = words.pop(0) if words and words[0] in COLOR_NAMES else None
+    shape = next((shape for shape in SHAPES if words in ([shape], [shape + "s"], [shape + "es"])), None)
+    if shape is None:
+        raise ValueError(f"not a phrase of the grammar: {phrase!r}")
+    return Group(count, shape, color, texture)
+
+
+def _category(groups: tuple[Group, ...], relation: str | None) -> str:
+    """Return the category of the meanings with such groups."""
+    if relation:
+        return "complex" if any(group.texture for group in groups) else "spatial"
+    if any(group.count > 1 for group in groups):
+        return "numeracy"
+    if len(groups) > 1 and any(group.texture and group.color for group in groups):
+        return "complex"
+    return next((name for name in ("texture", "color") if any(getattr(group, name) for group in groups)), "shape")
+
+
 def _singles(colors: bool, textures: bool) -> list[Group]:
     return [
         Group(1, shape, color, texture)
@@ -180,7 +217,12 @@ def holds(relation: str, first: int, second: int) -> bool:
 def changes(meaning: Meaning) -> list[tuple[str, int]]:
     """Return the changes that `changed` can make to a meaning: the kind of error, and the index of the group it concerns."""
     return [
-        *[(kind, i) for i, group in enumerate(meaning.groups) for kind in ("shape", "color", "texture") if getattr(group, kind)],
+        *[
+            (kind, i)
+            for i, group in enumerate(meaning.groups)
+            for kind in ("shape", "color", "texture")
+            if getattr(group, kind)
+        ],
         *[("number", i) for i in range(len(meaning.groups)) if meaning.category == "numeracy"],
         *([("relation", 0)] if meaning.relation else []),
     ]

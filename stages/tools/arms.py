@@ -82,3 +82,13 @@ def nodes(config: Config) -> dict[str, Node]:
                 node = shared.setdefault(history, Node(f"{name}-epoch{epoch}", name, epoch, parent_name, replays))
             found[node.name] = parent = node
     return found
+
+
+def path(tree: dict[str, Node], arm: str) -> list[Node]:
+    """Return an arm's nodes in the order of their epochs. The last one is the arm itself. tree: see `nodes`."""
+    found: list[Node] = []
+    name: str | None = arm
+    while name:
+        found.insert(0, tree[name])
+        name = tree[name].parent
+    return found

@@ -21,6 +21,7 @@ from stages.common.settings import Section
 from stages.families import FAMILIES, describe
 from stages.judges import JUDGES, judge_kind
 from stages.suites import SUITES, open_suite
+from stages.understanding import UNDERSTANDING, understanding_kind
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.json"
@@ -115,6 +116,12 @@ def page() -> str:
                 settings = judge_kind(judge).settings
                 own = [key for key in settings.model_fields if key != "kind"]
                 parts.append(f"\n### kind: {judge}\n\n{table(settings, ('kind',)) if own else 'It has no keys.'}")
+        if name == "understanding":
+            parts += [
+                "\n## understanding\n",
+                "Understanding benchmarks by name. `kind` names the kind of benchmark, and each kind has its own keys.",
+            ]
+            parts += [f"\n### kind: {kind}\n\n{table(understanding_kind(kind).settings, ('kind',))}" for kind in UNDERSTANDING]
         if name == "arms":
             parts += [f"\n## arms\n\n### arms.NAME\n\n{(Arm.__doc__ or '').strip()}\n", table(Arm)]
         if name == "generate":

@@ -14,6 +14,7 @@ from stages.common.registry import entry
 from stages.families import describe
 from stages.judges import judge_kind
 from stages.tools import arms as arm_tree
+from stages.understanding import understanding_kind
 
 try:
     names = ", ".join(str(path) for path in workflow.configfiles)
@@ -35,6 +36,7 @@ CONFIG = f"{RUN}/run_config.yaml"
 SHARDS = [f"{number:04d}" for number in range(settings.generate.shards)]
 BENCHMARKS = list(settings.benchmarks)
 JUDGED = [name for name in BENCHMARKS if settings.benchmarks[name].judge]  # those with an external judge
+UNDERSTANDING = list(settings.understanding)
 EVALUATED = ["base", *settings.arms]
 # Everything besides the weights on which a model's results depend. Device and batch sizes are not included.
 MODEL = {"family": settings.model.family, "dtype": settings.model.dtype}
@@ -59,6 +61,7 @@ wildcard_constraints:
     node=pattern(["base", *NODES]),
     set=pattern(["train", "replay", *BENCHMARKS]),
     benchmark=pattern(BENCHMARKS),
+    understanding=pattern(UNDERSTANDING),
     judge=pattern(JUDGES),
     scores="scores|scores-of-base",
     shard=r"\d{4}",
@@ -72,3 +75,9 @@ def judge_uses(name):
     """Return the registry entries that a judge uses: its kind and, if a model family judges, that family."""
     chosen = settings.judge(name)
     return [entry("JUDGES", chosen.kind), *judge_kind(chosen.kind).uses(chosen)]
+
+
+def understanding_uses(name):
+    """Return the registry entries that an understanding benchmark uses."""
+    chosen = settings.understanding[name]
+    return [entry("UNDERSTANDING", chosen.kind), *understanding_kind(chosen.kind).uses(chosen)]

@@ -6,6 +6,8 @@ results/<run>/<node>/scores/<set>/<shard>.parquet                    the node's 
 results/<run>/<node>/scores-of-base/<benchmark>/<shard>.parquet      the node's verdicts on the base model's images
 results/<run>/<node>/verdicts/<judge>/<set>/<shard>.parquet          an external judge's verdicts on the node's images
 results/<run>/<node>/metrics/<benchmark>.parquet                     the metrics with their intervals
+results/<run>/<node>/answers/<name>.parquet                          the answers to an understanding benchmark
+results/<run>/<node>/understanding/<name>.parquet                    the metrics of these answers
 results/<run>/<arm>/pairs.parquet, discard.parquet                   arms with equal selections share the first arm's
 results/<run>/<node>/schedule.parquet, checkpoint/, training.parquet, replay/
 """
@@ -106,6 +108,21 @@ def judge_settings(name):
 def judge_files(wildcards):
     chosen = settings.judge(wildcards.judge)
     return judge_kind(chosen.kind).files(chosen)
+
+
+# Understanding
+
+
+def understanding_settings(wildcards):
+    """Return the settings of an understanding benchmark that its code reads and on which the answers depend."""
+    chosen, name = settings.understanding[wildcards.understanding], wildcards.understanding
+    read = read_by("stages.understand", chosen, uses=[*USES, *understanding_uses(name)])
+    return {key: value for key, value in chosen.outcome().items() if key in read}
+
+
+def understanding_files(wildcards):
+    chosen = settings.understanding[wildcards.understanding]
+    return understanding_kind(chosen.kind).files(chosen)
 
 
 # Selection
@@ -227,7 +244,14 @@ def continued_work(wildcards):
 
 
 def metrics_files():
-    return [f"{RUN}/{node}/metrics/{benchmark}.parquet" for benchmark in BENCHMARKS for node in EVALUATED]
+    """Return the metrics of the base model and of all arms on all benchmarks, then those on understanding benchmarks."""
+    drawn = [f"{RUN}/{node}/metrics/{benchmark}.parquet" for benchmark in BENCHMARKS for node in EVALUATED]
+    return drawn + [f"{RUN}/{node}/understanding/{name}.parquet" for name in UNDERSTANDING for node in EVALUATED]
+
+
+def every_metrics_file():
+    """Return the metrics of all checkpoints, also those within the arms, on all benchmarks."""
+    return [f"{RUN}/{node}/metrics/{benchmark}.parquet" for benchmark in BENCHMARKS for node in ["base", *NODES]]
 
 
 def shown_pairs():
@@ -272,6 +296,8 @@ def reported_arguments(kind):
 def final_outputs():
     """Return the final outputs of a run: tables and pictures or, without a benchmark, the arms' checkpoints."""
     if not BENCHMARKS:
-        return [path for arm in settings.arms for path in checkpoint_files(arm, "draw")] + waiting_pools()
+        table = [f"{RUN}/summary.csv"] if UNDERSTANDING else []
+        return [path for arm in settings.arms for path in checkpoint_files(arm, "draw")] + table + waiting_pools()
     judge_report = [f"{RUN}/judge_report.parquet", f"{RUN}/judge_report.png"] if JUDGED else []
-    return [f"{RUN}/summary.csv", f"{RUN}/contact_sheet.png", *judge_report, *waiting_pools()]
+    curves = [f"{RUN}/learning_curves.png"] if settings.evaluate.every_checkpoint else []
+    return [f"{RUN}/summary.csv", f"{RUN}/contact_sheet.png", *judge_report, *curves, *waiting_pools()]

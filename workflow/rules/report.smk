@@ -1,4 +1,4 @@
-"""The final outputs: the summary table of all arms, the contact sheet, and the report on the model's own judge."""
+"""The final outputs: the summary of all arms, the contact sheet, the judge report and, where asked for, learning curves."""
 
 
 rule summary:
@@ -94,6 +94,35 @@ if JUDGED:
             " {params.prompts}"
             " {params.scores}"
             " {params.verdicts}"
+            " --out {output.table:q}"
+            " --plot {output.plot:q}"
+            " > {log:q} 2>&1"
+
+
+if BENCHMARKS and settings.evaluate.every_checkpoint:
+
+    rule learning_curves:
+        input:
+            every_metrics_file(),
+        output:
+            table=f"{RUN}/learning_curves.csv",
+            plot=report(f"{RUN}/learning_curves.png", caption="../report/learning_curves.rst", category="Results"),
+        log:
+            f"{RUN}/logs/learning_curves.log",
+        conda:
+            "../../envs/light.yaml"
+        resources:
+            mem_mb=1000,
+        params:
+            code=code("stages.learning_curves"),
+            config=CONFIG,
+            curves={arm: [(node.epoch, node.name) for node in arm_tree.path(NODES, arm)] for arm in settings.arms},
+        message:
+            "Learning curves"
+        shell:
+            "python -m stages.learning_curves"
+            " --config {params.config:q}"
+            " --metrics {input:q}"
             " --out {output.table:q}"
             " --plot {output.plot:q}"
             " > {log:q} 2>&1"

@@ -39,6 +39,11 @@ def shard_images(wildcards):
     return prompt_count(name) * images_per_prompt(wildcards) / len(SHARDS)
 
 
+def understanding_questions(wildcards):
+    chosen = settings.understanding[wildcards.understanding]
+    return understanding_kind(chosen.kind).size(chosen)
+
+
 def selected_images(wildcards):
     return prompt_count("train") * settings.generate.candidates
 

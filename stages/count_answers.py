@@ -1,0 +1,134 @@
+"""Compute a checkpoint's metrics on an understanding benchmark from its answers, with 95 % intervals.
+
+    python -m stages.count_answers --config config.yaml --name scenes --arm sft --answers answers.parquet \\
+        --base-answers base/answers.parquet --out metrics.parquet
+
+No model is loaded. The benchmark's kind defines the metrics (stages/understanding/). `overall` is the unweighted mean over the
+categories of a metric. The interval of a share of images in one category is Wilson's, which has a width even where all images
+agree; for other metrics and for `overall`, images are resampled within their categories. The difference from the base model is
+paired: both checkpoints have the same images in each resample.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages.common import manifests
+from stages.common.config import load
+from stages.common.errors import UserError, run_stage
+from stages.common.registry import entry
+from stages.tools import metrics
+from stages.understanding import understanding_kind
+from stages.understanding.base import Answer, Measure, UnderstandingKind
+
+Row = dict[str, Any]
+QUANTILE = 1.959964  # 97.5 % quantile of the normal distribution
+
+
+def read_answers(path: Path) -> list[Answer]:
+    return [Answer(**row) for row in manifests.read_rows(path, "answers")]
+
+
+def require_equal_questions(answers: Sequence[Answer], base: Sequence[Answer], path: Path) -> None:
+    """Raise UserError unless both checkpoints have answered the same questions."""
+    asked, asked_of_base = (
+        {(answer.question_id, answer.question, answer.expected) for answer in each} for each in (answers, base)
+    )
+    if different := asked ^ asked_of_base:
+        raise UserError(
+            f"--base-answers {path}: {len(different)} questions are not those of --answers, for example "
+            f"{min(name for name, *_ in different)}; ask both checkpoints with the same settings"
+        )
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share of `count` independent images, from 0 to 1."""
+    weight = QUANTILE**2 / count
+    middle, half = share + weight / 2, sqrt(weight * share * (1 - share) + weight**2 / 4)
+    return max((middle - half) / (1 + weight), 0.0), min((middle + half) / (1 + weight), 1.0)
+
+
+def by_metric(measures: Sequence[Measure]) -> dict[str, list[Measure]]:
+    """Return the measures of each metric, one for each of its categories."""
+    found: dict[str, list[Measure]] = {}
+    for measure in measures:
+        found.setdefault(measure.metric, []).append(measure)
+    return found
+
+
+def counts_of(measures: Sequence[Measure]) -> metrics.Counts:
+    """Return a metric's numerators and denominators in all categories, one after another."""
+    return np.concatenate([np.stack([measure.numerators, measure.denominators])[:, None] for measure in measures], axis=2)
+
+
+def metric_rows(kind: UnderstandingKind, answers: Sequence[Answer], base: Sequence[Answer], rounds: int) -> list[Row]:
+    """Return one row for each metric and category, including overall, with the computed columns of the metrics manifest."""
+    of_base = by_metric(kind.measures(base))
+    rows = []
+    for name, measures in by_metric(kind.measures(answers)).items():
+        counts, base_counts = counts_of(measures), counts_of(of_base[name])
+        ends = np.cumsum([len(measure.numerators) for measure in measures])
+        places = [np.arange(end - len(measure.numerators), end) for measure, end in zip(measures, ends, strict=True)]
+        groups = {measure.category: [place] for measure, place in zip(measures, places, strict=True)}
+        for category, members in (groups | {"overall": places}).items():
+            seed = metrics.resampling_seed("understanding", name, category)
+            row: Row = dict(metrics.summarise(name, counts, base_counts, members, rounds, seed))
+            share = measures[0].share and category != "overall"
+            row |= interval(row, share=share)
+            if row["delta_ci_low"] == row["delta_ci_high"]:  # no answer differs, which does not make the difference certain
+                row |= {"delta_ci_low": None, "delta_ci_high": None}
+            rows.append({"category": category, "metric": name, "judge": None, **row})
+    return rows
+
+
+def interval(row: Row, share: bool) -> Row:
+    """Return the interval of a value, in percent: Wilson's for a share, otherwise the resampled one.
+
+    There is none where all resamples are equal, because that does not make the value certain.
+    """
+    if share and row["denominator"]:
+        low, high = wilson(row["value"] / 100, row["denominator"])
+        return {"ci_low": 100 * low, "ci_high": 100 * high}
+    if row["ci_low"] is None or row["ci_low"] == row["ci_high"]:
+        return {"ci_low": None, "ci_high": None}
+    return {"ci_low": max(row["ci_low"], 0.0), "ci_high": min(row["ci_high"], 100.0)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--name", required=True, help="name of the benchmark, from the section understanding")
+    parser.add_argument("--arm", required=True, help="base, or the arm's name")
+    parser.add_argument("--answers", type=Path, required=True, help="the checkpoint's answers")
+    parser.add_argument("--base-answers", type=Path, required=True, help="the base model's answers")
+    parser.add_argument("--out", type=Path, required=True, help="metrics manifest")
+    arguments = parser.parse_args()
+    config = load(arguments.config)
+    settings = config.understanding_benchmark(arguments.name)
+    answers, base = read_answers(arguments.answers), read_answers(arguments.base_answers)
+    require_equal_questions(answers, base, arguments.base_answers)
+
+    found = metric_rows(understanding_kind(settings.kind), answers, base, config.evaluate.bootstrap)
+    common = {"run": config.run, "arm": arguments.arm, "benchmark": arguments.name, "seed": config.seed}
+    rows = [common | row for row in found]
+    manifests.write(
+        arguments.out,
+        "metrics",
+        rows,
+        stage="stages.count_answers",
+        settings={"kind": settings.kind, "bootstrap": config.evaluate.bootstrap},
+        parents=[arguments.answers, arguments.base_answers],
+        uses=[entry("UNDERSTANDING", settings.kind)],
+    )
+    overall = [row for row in rows if row["category"] == "overall" and row["value"] is not None]
+    print(f"{arguments.arm} on {arguments.name}: " + ", ".join(f"{row['metric']} {row['value']:.1f}" for row in overall))
+
+
+if __name__ == "__main__":
+    run_stage(main)
