@@ -45,12 +45,22 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt Snakefile workflow
 
-# The default run with two controls and an anchored judge at five seeds; writes docs/study.csv and docs/study.png.
-SEEDS := 0 1 2 3 4
+# The default arms and their controls on the test prompts, for several pretrained models and seeds; writes study.csv,
+# study-runs.csv, contrasts.csv and study.png in docs/. Every run has its own seed: 0 and 1 for the first model, 10 and 11 for
+# the second. A run that is finished is only checked, so the command continues where it was stopped.
+MODELS ?= models/tiny-janus results/pretraining/seed-1/model results/pretraining/seed-2/model
+SEEDS ?= 0 1
 study: setup
-	for seed in $(SEEDS); do PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) \
-		--configfile config.yaml configs/study.yaml --config seed=$$seed run=study-$$seed -- all audit || exit 1; done
-	$(BIN)/python -m stages.tools.study --runs $(SEEDS:%=results/study-%) --out docs/study.csv --plot docs/study.png
+	@place=0; started=$$(date +%s); runs=; \
+	for model in $(MODELS); do for seed in $(SEEDS); do \
+		begun=$$(date +%s); run=study-$$(echo $$model | tr / -)-$$seed; runs="$$runs results/$$run"; \
+		PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) --configfile config.yaml configs/study.yaml \
+			--config seed=$$((10 * place + seed)) run=$$run model="{checkpoint: $$model}" -- all audit || exit 1; \
+		echo "$$run took $$((($$(date +%s) - begun) / 60)) minutes, and the study so far $$((($$(date +%s) - started) / 60))"; \
+	done; place=$$((place + 1)); done; \
+	$(BIN)/python -m stages.tools.study --runs $$runs --out docs/study.csv --by-run docs/study-runs.csv \
+		--contrasts docs/contrasts.csv --plot docs/study.png && \
+	echo "The study took $$((($$(date +%s) - started) / 60)) minutes."
 
 # Repeats models/tiny-janus from nothing: the image tokenizer, the vision encoder, then the language model. With another seed:
 # make tiny-model SEED=1 MODEL=results/pretraining/seed-1/model

@@ -23,6 +23,7 @@ include: "workflow/rules/prompts.smk"
 include: "workflow/rules/candidates.smk"
 include: "workflow/rules/scores.smk"
 include: "workflow/rules/pairs.smk"
+include: "workflow/rules/controls.smk"
 include: "workflow/rules/training.smk"
 include: "workflow/rules/replay.smk"
 include: "workflow/rules/evaluation.smk"
@@ -43,7 +44,7 @@ rule audit:
             path
             for judge in ([settings.benchmarks[BENCHMARKS[0]].judge] if BENCHMARKS else [])
             if judge
-            for node, images in [("base", "train"), *((replay, "replay") for replay in replay_nodes())]
+            for node, images in [("base", "train"), *((replay, "replay") for replay in drawn_replays())]
             for path in shard_files(node, f"verdicts/{judge}", images)
         ],
     localrule: True

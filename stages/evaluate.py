@@ -93,7 +93,7 @@ def main() -> None:
     rows = [common | row for row in found]
     manifests.write(arguments.out, "metrics", rows, stage="stages.evaluate", settings=facts, parents=parents)
     overall = [row for row in rows if row["category"] == "overall" and row["value"] is not None]
-    values = ", ".join(f"{row['metric']} {row['value']:.1f}" for row in overall)
+    values = ", ".join(f"{row['metric']} {row['value']:.1f} (n {row['denominator']})" for row in overall)
     print(f"{arguments.arm} on {arguments.benchmark}: {values}")
 
 

@@ -14,14 +14,17 @@ from stages.common import manifests
 from stages.common.errors import run_stage
 from stages.common.files import whole_file
 
-SHOWN = ("gen", "non", "und", "judge_on_base", "judge_on_own")
+SHOWN = (("gen", "non", "judge_on_base", "judge_on_own"), ("und_paper", "und_pooled", "false_acceptance", "false_refusal"))
 UNREADABLE = ("own_unreadable", "judge_unreadable", "scorer_unreadable")
 INTERVALS = ("ci_low", "ci_high", "delta", "delta_ci_low", "delta_ci_high")
 LEGEND = """\
-Values are percentages, overall. In parentheses: the 95 % interval of the difference from base, clustered by prompt.
+Values are percentages, overall, of n images. In parentheses: the 95 % interval of the difference from base over prompts.
 gen: the image matches its prompt according to the benchmark's judge or scorers. non: the model rejects its own image.
-und: the win rate over base, on the n verdicts that differ from base's. Its interval is that of the difference from 50, a draw.
-judge_on_base, judge_on_own: the model agrees with the benchmark's judge on the base model's images, and on its own."""
+judge_on_base, judge_on_own: the model agrees with the benchmark's judge on the base model's images, and on its own.
+und_paper: the win rate over base, on the n images on which the verdicts differ, where a category without any counts as 50.
+und_pooled: the same over all categories together. The intervals of both are those of the difference from 50, a draw.
+false_acceptance, false_refusal: the model accepts its own image that is wrong, and rejects one that is right.
+The intervals hold for this one model and seed; make study measures over several."""
 UNDERSTANDING = """\
 Understanding benchmarks ask about images that no model drew; stages/understanding/ defines their metrics."""
 Row = dict[str, Any]
@@ -59,22 +62,26 @@ def signed(number: float) -> str:
 
 
 def cell(row: Row, metric: str) -> str:
-    """Return a metric as text: its value, for und the number of verdicts, and the difference's interval if there is one."""
+    """Return a metric as text: its value, how many images it counts, and the difference's interval if there is one."""
     value, low, high = (row.get(key) for key in (metric, f"{metric}_delta_ci_low", f"{metric}_delta_ci_high"))
     if value is None:
         return "-"
-    counted = f" n {row['und_n']}" if metric == "und" else ""
     change = "" if row["arm"] == "base" or low is None or high is None else f" ({signed(low)} to {signed(high)})"
-    return f"{value:.1f}{counted}{change}"
+    return f"{value:.1f} n {row[f'{metric}_n']}{change}"
 
 
 def table(rows: list[Row]) -> str:
-    """Return the overall rows of one benchmark as a table, followed by the shares of verdicts that could not be read."""
-    cells = [[row["arm"], *(cell(row, metric) for metric in SHOWN)] for row in rows]
-    lines = [["", *SHOWN], *cells]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-    text += [f"{row['arm']}: {name} {row[name]:.1f}" for row in rows for name in UNREADABLE if row.get(name)]
+    """Return the overall rows of one benchmark as tables, followed by the shares of verdicts that could not be read."""
+    text = []
+    for shown in SHOWN:
+        if not (metrics := [metric for metric in shown if any(row.get(metric) is not None for row in rows)]):
+            continue
+        lines = [["", *metrics], *([row["arm"], *(cell(row, metric) for metric in metrics)] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text += ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    text += [
+        f"{row['arm']}: {name} {row[name]:.1f} n {row[f'{name}_n']}" for row in rows for name in UNREADABLE if row.get(name)
+    ]
     return "\n".join(text)
 
 

@@ -62,7 +62,10 @@ def test_every_key_of_the_configuration_has_a_description_in_a_sentence():
                 assert field.description and field.description[-1] == ".", f"{section.__name__}.{name}"
 
 
-LIGHT = ("prompts", "pairs", "schedule", "replay", "evaluate", "report", "judge_report", "count_answers", "learning_curves")
+LIGHT = (
+    *("prompts", "pairs", "controls", "schedule", "replay"),
+    *("evaluate", "report", "judge_report", "count_answers", "learning_curves"),
+)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from stages.common import manifests
 from stages.common.errors import UserError
 from stages.judges.base import Verdict
 from stages.tools import metrics
+from stages.tools.intervals import exact_interval, t_quantile
 from stages.tools.metrics import Images, Judges
 
 PROMPTS = [{"prompt_id": "p", "category": "color"}, {"prompt_id": "q", "category": "shape"}]
@@ -50,6 +51,10 @@ def counted(metric: str, seen: Images, base: Images, trained: dict, judges: Judg
         ("weak_generation", "11?10 1100? | 11111 11111 11111", (0, 1)),
         ("judge_on_own", "11010 1100? | 11111 11111 11111", (3, 4)),
         ("judge_on_own", "?1010 1100? | 11111 11111 11111", (2, 3)),
+        ("false_acceptance", "11010 1100? | 11111 11111 11111", (0, 1)),
+        ("false_acceptance", "00?01 11?01 | 11111 11111 11111", (2, 3)),
+        ("false_refusal", "11010 1100? | 11111 11111 11111", (1, 3)),
+        ("false_refusal", "1??11 00?1? | 11111 11111 11111", (1, 2)),
         ("own_unreadable", "11111 1?0?1 | 11111 11111 11111", (2, 5)),
         ("own_unreadable", "11111 11111 | 11111 ????? ?????", (0, 5)),
         ("judge_unreadable", "1?0?1 11111 | 11111 11111 11111", (2, 5)),
@@ -57,6 +62,7 @@ def counted(metric: str, seen: Images, base: Images, trained: dict, judges: Judg
         # the trained model corrects p2 and p3 and makes an error on q1
         ("und", "11111 11111 | 10101 11001 10111", (2, 3)),
         ("und_paper", "11111 11111 | 10101 11001 10111", (2, 3)),
+        ("und_pooled", "11111 11111 | 10101 11001 10111", (2, 3)),
         ("false_positive_fixed", "11111 11111 | 10101 11001 10111", (1, 5)),
         ("true_positive_broken", "11111 11111 | 10101 11001 10111", (0, 5)),
         ("true_positive_broken", "11111 11111 | 11000 11000 10000", (1, 5)),
@@ -143,7 +149,7 @@ def test_scores_of_other_base_images_are_refused():
 def test_no_disagreement_is_no_win_rate_and_50_as_the_paper_counts():
     base = images("10101", "11001")
     counts = metrics.count(PROMPTS, JUDGE, base, base, base.own)
-    for metric, value in [("und", None), ("und_paper", 50.0)]:
+    for metric, value in [("und", None), ("und_paper", 50.0), ("und_pooled", None)]:
         groups = metrics.groups_of(PROMPTS)["overall"]
         row = metrics.summarise(metric, counts[metric], counts[metric], groups, 100, 0)
         assert (row["value"], row["denominator"], row["ci_low"], row["delta_ci_low"]) == (value, 0, None, None)
@@ -165,32 +171,64 @@ def counts_of(*prompts: tuple[float, float]) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "value", "has_interval"),
+    ("successes", "trials", "low", "high"),
+    [(0, 1, 0, 0.975), (1, 1, 0.025, 1), (0, 10, 0, 0.30850), (3, 10, 0.06674, 0.65245), (12, 29, 0.23524, 0.61060)],
+)
+def test_the_exact_interval_is_that_of_clopper_and_pearson(successes, trials, low, high):
+    assert exact_interval(successes, trials) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+
+def test_quantiles_of_student_are_those_of_the_tables():
+    tables = {1: 12.7062, 2: 4.3027, 2.5: 3.5747, 4: 2.7764, 30: 2.0423, 1e6: 1.9600}
+    assert {f: t_quantile(0.975, f) for f in tables} == pytest.approx(tables, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "low", "high"),
     [
-        ([(0, 2), (0, 0), (0, 0), (0, 0)], 0, False),  # one prompt
-        ([(0, 1), (0, 0), (1, 1), (0, 0)], 50, False),  # one prompt in each category, so nothing can be resampled within it
-        ([(0, 1), (0, 1), (0, 0), (0, 0)], 0, False),  # two with the same outcome
-        ([(0, 1), (1, 1), (0, 0), (0, 0)], 50, True),
-        ([(0, 1), (1, 1), (1, 1), (0, 0)], 75, True),
+        ("und", 25, 0.63, 79.5),
+        ("und_paper", 100 / 3, 17.1, 69.7),
+        ("und_pooled", 100 / 3, 0.84, 90.57),
     ],
 )
-def test_a_win_rate_has_an_interval_only_where_resampling_says_something(prompts, value, has_interval):
-    counts = counts_of(*prompts)
-    row = metrics.summarise("und", counts, counts, [np.arange(2), np.arange(2, 4)], 400, 0)
-    assert (row["value"], row["delta"], row["prompts"]) == (value, value - 50, 4)
-    assert (row["numerator"], row["denominator"]) == tuple(np.sum(prompts, axis=0))
-    if has_interval:
-        assert row["ci_low"] < value < row["ci_high"]
-        assert (row["delta_ci_low"], row["delta_ci_high"]) == (row["ci_low"] - 50, row["ci_high"] - 50)
-    else:
-        assert [row[key] for key in ("ci_low", "ci_high", "delta_ci_low", "delta_ci_high")] == [None] * 4
+def test_a_few_disagreements_have_an_exact_interval_instead_of_none_of_width(metric, value, low, high):
+    """One of two in one category, none of one in the second, and no disagreement in the third."""
+    counts = counts_of((0, 1), (1, 1), (0, 1), (0, 0), (0, 0))
+    row = metrics.summarise(metric, counts, counts, [np.arange(2), np.arange(2, 4), np.arange(4, 5)], 400, 0)
+    assert row["denominator"] == 3
+    assert row["value"] == pytest.approx(value)
+    assert (row["ci_low"], row["ci_high"]) == (pytest.approx(low, abs=0.1), pytest.approx(high, abs=0.1))
+    assert (row["delta_ci_low"], row["delta_ci_high"]) == (row["ci_low"] - 50, row["ci_high"] - 50)
 
 
-def test_the_difference_has_an_interval_only_where_base_has_two_prompts_as_well():
-    one, both = counts_of((1, 2), (0, 0)), counts_of((1, 2), (1, 2))
-    row = metrics.summarise("weak_generation", both, one, [np.arange(2)], 100, 0)
-    assert (row["ci_low"], row["ci_high"]) == (50, 50)
+@pytest.mark.parametrize("metric", ["gen", "und", "und_paper", "und_pooled", "weak_generation"])
+@pytest.mark.parametrize("images", [1, 4, 40])
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_no_interval_has_a_width_of_zero(metric, images, share):
+    counts, base = counts_of(*[(share * images, images)] * 4), counts_of(*[(0.25 * images, images)] * 4)
+    row = metrics.summarise(metric, counts, base, [np.arange(2), np.arange(2, 4)], 200, 0)
+    assert row["ci_low"] < row["ci_high"]
+    assert row["delta_ci_low"] < row["delta_ci_high"]
+    assert row["ci_low"] <= row["value"] <= row["ci_high"]
+
+
+def test_what_equals_base_has_no_interval_of_its_difference():
+    counts = counts_of((10, 20), (15, 20), (0, 20))
+    row = metrics.summarise("gen", counts, counts.copy(), [np.arange(3)], 100, 0)
     assert (row["delta"], row["delta_ci_low"], row["delta_ci_high"]) == (0, None, None)
+    assert row["ci_low"] < row["ci_high"]
+
+
+def test_the_exact_interval_of_few_images_covers_the_truth():
+    """Of 2,000 samples of 2, 5 and 1 images in three categories, the interval covers the mean share in at least 95 %."""
+    generator = np.random.default_rng(0)
+    truth, sizes = np.array([0.7, 0.3, 0.9]), np.array([2, 5, 1])
+    covered = 0
+    for _ in range(2000):
+        counts = counts_of(*zip(generator.binomial(sizes, truth), sizes, strict=True))
+        found = metrics.estimate("gen", counts, [np.array([i]) for i in range(3)], 10, 0)
+        covered += found.low <= 100 * truth.mean() <= found.high
+    assert covered / 2000 >= 0.95
 
 
 def test_overall_is_the_unweighted_mean_over_categories():
@@ -310,9 +348,12 @@ def test_evaluate_tells_the_judges_of_all_manifests_apart(evaluated, tmp_path):
     report.write_csv(table, tmp_path / "summary.csv")
     shown = report.show(table).split("\n")
     assert shown[0] == "judged (judge shapes, gen by shapes, people)"
-    assert shown[2].split() == ["sft", "52.1", "0.0", "-", "83.3", "83.3"]
-    assert shown[4] == "unjudged (no external judge)"
-    assert shown[6].split() == ["sft", "-", "0.0", "-", "-", "-"]
+    assert shown[1].split() == ["gen", "non", "judge_on_base", "judge_on_own"]
+    assert shown[2].startswith("sft  52.1 n 5")
+    assert "83.3 n 5" in shown[2]
+    assert shown[3].split() == ["und_paper", "false_acceptance", "false_refusal"]
+    assert shown[6] == "unjudged (no external judge)"
+    assert shown[8].split() == ["sft", "0.0", "n", "5"]
 
 
 def test_a_scorer_of_a_category_that_is_not_there_is_named(evaluated, tmp_path):
@@ -323,9 +364,10 @@ def test_a_scorer_of_a_category_that_is_not_there_is_named(evaluated, tmp_path):
         evaluated("judged", scores, scores)
 
 
-def test_the_table_says_how_many_disagreements_the_win_rate_has():
-    row = {"arm": "sft", "und": 58.3, "und_n": 12, "und_delta_ci_low": -4.0, "und_delta_ci_high": 20.5}
-    assert report.cell(row, "und") == "58.3 n 12 (-4.0 to +20.5)"
-    assert report.cell(row | {"und_n": 1, "und_delta_ci_low": None}, "und") == "58.3 n 1"
-    assert report.cell(row | {"und": None, "und_n": 0}, "und") == "-"
-    assert report.cell({"arm": "base", "gen": 46.1, "gen_delta_ci_low": 0.0, "gen_delta_ci_high": 0.0}, "gen") == "46.1"
+def test_the_table_says_how_many_images_are_behind_every_rate():
+    row = {"arm": "sft", "und_paper": 58.3, "und_paper_n": 12, "und_paper_delta_ci_low": -4.0, "und_paper_delta_ci_high": 20.5}
+    assert report.cell(row, "und_paper") == "58.3 n 12 (-4.0 to +20.5)"
+    assert report.cell(row | {"und_paper_n": 1, "und_paper_delta_ci_low": None}, "und_paper") == "58.3 n 1"
+    assert report.cell(row | {"und_paper": None, "und_paper_n": 0}, "und_paper") == "-"
+    base = {"arm": "base", "gen": 46.1, "gen_n": 960, "gen_delta_ci_low": None, "gen_delta_ci_high": None}
+    assert report.cell(base, "gen") == "46.1 n 960"

@@ -94,6 +94,12 @@ class Pairs(Section):
         default="highest",
         description="Which of the accepted candidates are taken: those with the highest p_yes, or random ones.",
     )
+    matched: bool = Field(
+        default=False,
+        description="Take the same prompts, and for each the same number of rows, as the arm that has these settings with the "
+        "filter judge, but choose the candidates by this filter, at random. everything is then the control in which nobody "
+        "judges, and oracle the control in which the truth judges. stages/controls.py holds the rule.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Pairs:
@@ -104,6 +110,8 @@ class Pairs(Section):
             )
         if (self.filter == "oracle") != bool(self.oracle):
             raise ValueError("filter oracle and the key oracle, which names a judge, belong together; set both or neither")
+        if self.matched and self.filter == "judge":
+            raise ValueError("matched is for controls, which the model does not judge; set filter to everything or oracle")
         return self
 
 
@@ -212,6 +220,12 @@ class Arm(Section):
         default=[],
         description="Epochs after which the model of that moment draws and judges the prompts of the discard pool again.",
     )
+    replay_by: Literal["self", "base", "nobody"] = Field(
+        default="self",
+        description="Who draws and judges the discard pool at the replay epochs. self is the model as it is by then. base and "
+        "nobody are controls: with base, the untrained model draws and judges as many candidates; with nobody, nothing is "
+        "drawn, and as many rows as the model's own replay recovers are added from the first candidates.",
+    )
     candidates: Positive | None = Field(
         default=None, description="Use only the first so many of the N candidates. Empty uses all."
     )
@@ -274,6 +288,15 @@ class Config(Section):
     evaluate: Evaluate = Field(default=Evaluate(), description="How the metrics are summarised.")
     report: Report = Field(default=Report(), description="The contact sheet.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_removed(cls, fields: Any) -> Any:
+        """Leave out benchmarks, judges and arms that are empty: a file laid over a preset removes the preset's in this way."""
+        if not isinstance(fields, dict):
+            return fields
+        named = {key: fields[key] for key in ("benchmarks", "judges", "arms") if isinstance(fields.get(key), dict)}
+        return fields | {key: {k: v for k, v in part.items() if v is not None} for key, part in named.items()}
+
     @field_validator("judges", "benchmarks")
     @classmethod
     def _reserved(cls, section: dict[str, Any]) -> dict[str, Any]:
@@ -335,7 +358,7 @@ class Config(Section):
         if "base" in self.arms:
             problems.append("arms: `base` is the name of the untrained model; rename that arm")
         for name, arm in self.arms.items():
-            stem, _, epoch = name.rpartition("-epoch")
+            stem, _, epoch = name.removesuffix("-by-base").removesuffix("-by-nobody").rpartition("-epoch")
             if stem in self.arms and epoch.isdigit():
                 problems.append(f"arms.{name}: this is the name of {stem}'s checkpoint after {epoch} epochs; rename the arm")
             if arm.candidates and arm.candidates > self.generate.candidates:
@@ -357,7 +380,46 @@ class Config(Section):
                 Pairs.model_validate(self.pairs.model_dump() | arm.pairs)
             except ValidationError as failure:
                 problems += [_line(f"arms.{name}.pairs", error, Pairs.model_fields) for error in failure.errors()]
+        return problems or self._control_problems()
+
+    def _control_problems(self) -> list[str]:
+        problems = []
+        for name, arm in self.arms.items():
+            matched = self.arm_pairs(name).matched
+            if matched and arm.replay_epochs:
+                problems.append(f"arms.{name}.replay_epochs: a matched control has no discard pool of its own; remove this key")
+            if matched and not self.counterpart(name):
+                problems.append(
+                    f"arms.{name}.pairs.matched: no arm has the selection that is to be matched; add an arm with the same "
+                    f"objective {arm.objective}, candidates and pairs, but without matched and with filter judge"
+                )
+            if arm.replay_by != "self" and not arm.replay_epochs:
+                problems.append(f"arms.{name}.replay_by: nothing is replayed without replay_epochs; set them or remove it")
+            elif arm.replay_by == "nobody" and not self.replay_twin(name):
+                problems.append(
+                    f"arms.{name}.replay_by: nobody adds as many rows as the model's own replay recovers, but no arm has these "
+                    "settings with replay_by self; add that arm"
+                )
         return problems
+
+    def _alike(self, arm: str) -> list[str]:
+        """Return the arms with an arm's objective and number of candidates, in the configuration's order."""
+        own = self.arms[arm]
+        return [n for n, a in self.arms.items() if (a.objective, a.candidates) == (own.objective, own.candidates)]
+
+    def counterpart(self, arm: str) -> str | None:
+        """Return the arm whose selection a matched control matches: the first with its settings, but the filter judge."""
+        wanted = self.arm_pairs(arm).model_copy(update={"filter": "judge", "oracle": None, "matched": False})
+        return next((name for name in self._alike(arm) if self.arm_pairs(name) == wanted), None)
+
+    def replay_twin(self, arm: str) -> str | None:
+        """Return the first arm that differs from an arm only in that the model itself replays, or in its later epochs."""
+
+        def settings(name: str) -> tuple[Any, ...]:
+            return self.arms[name].replay_epochs, self.arm_pairs(name), self.arm_train(name).outcome()
+
+        alike = (name for name in self._alike(arm) if self.arms[name].replay_by == "self")
+        return next((name for name in alike if settings(name) == settings(arm)), None)
 
     def sampling(self) -> Any:
         """Return the family's sampling settings, with its defaults filled in."""

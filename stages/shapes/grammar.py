@@ -148,16 +148,16 @@ def meanings(category: str) -> tuple[Meaning, ...]:
     related = [(a, b) for a, b in itertools.permutations(bare + colored, 2)]
     builders: dict[str, Callable[[], list[tuple[Group, ...]]]] = {
         "color": lambda: [(g,) for g in colored] + list(itertools.permutations(colored, 2)),
-        "texture": lambda: (
-            [(g,) for g in textured + full]
-            + list(itertools.permutations(textured, 2))
-            + [pair for a in textured for b in bare for pair in ((a, b), (b, a)) if a.shape != b.shape]
-        ),
+        "texture": lambda: [
+            *((g,) for g in textured + full),
+            *itertools.permutations(textured, 2),
+            *(pair for a in textured for b in bare for pair in ((a, b), (b, a)) if a.shape != b.shape),
+        ],
         "shape": lambda: [groups for n in (1, 2, 3, 4) for groups in itertools.permutations(bare, n)],
         "spatial": list,
-        "numeracy": lambda: (
-            [(replace(g, count=n),) for n in (2, 3, 4, 5) for g in bare + colored + textured + full]
-            + [
+        "numeracy": lambda: [
+            *((replace(g, count=n),) for n in (2, 3, 4, 5) for g in bare + colored + textured + full),
+            *(
                 (replace(a, count=n), replace(b, count=m))
                 for a in bare + colored
                 for b in bare
@@ -165,8 +165,8 @@ def meanings(category: str) -> tuple[Meaning, ...]:
                 for n in (1, 2, 3, 4)
                 for m in (1, 2, 3, 4)
                 if 2 < n + m <= 5
-            ]
-        ),
+            ),
+        ],
         "complex": lambda: [(a, b) for a in full for b in colored if a.shape != b.shape or a.color != b.color],
     }
     plain = [Meaning(category, groups) for groups in builders[category]()]

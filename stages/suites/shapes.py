@@ -14,8 +14,8 @@ class ShapesPrompts(PromptSource):
     source: Literal["shapes"]
     split: Literal["post-training", "validation", "test"] = Field(
         default="post-training",
-        description="The split of the grammar. Training prompts come from post-training. Settings are chosen on validation, and "
-        "test is measured with final settings only.",
+        description="The split of the grammar. Training prompts come from post-training. Settings are chosen on validation, "
+        "and test is measured with final settings only.",
     )
     categories: list[str] = Field(default=[], description="Take only these categories. Empty takes all.")
 

@@ -20,7 +20,7 @@ class Node:
     arm: the first arm, in the configuration's order, whose path contains it. The node has that arm's settings.
     epoch: the number of completed training epochs.
     parent: the node that it continues, or None for the base model.
-    replays: names of the nodes whose replayed data has joined the training data, in order of their epochs.
+    replays: names of the replays whose data has joined the training data, in order of their epochs.
     """
 
     name: str
@@ -28,6 +28,25 @@ class Node:
     epoch: int
     parent: str | None
     replays: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Data that joins the training after a node's epoch.
+
+    name: its folder in the results. It is the node's name or, if the model does not replay itself, `<node>-by-<who>`.
+    node: the checkpoint after whose epoch the data joins. by: who draws and judges the pool, as in `Arm.replay_by`.
+    model: the node that draws and judges, "base", or None if nothing is drawn.
+    before: the arm's earlier replays.
+    like: with by nobody, the model's own replay, which says how many rows join.
+    """
+
+    name: str
+    node: Node
+    by: str
+    model: str | None
+    before: tuple[str, ...]
+    like: str | None
 
 
 @dataclass(frozen=True)
@@ -73,7 +92,7 @@ def nodes(config: Config) -> dict[str, Node]:
         for epoch in sorted(forks | set(arm.replay_epochs) | {arm.epochs}):
             replays = parent.replays if parent else ()
             if parent and parent.epoch in arm.replay_epochs:
-                replays = (*replays, parent.name)
+                replays = (*replays, parent.name if arm.replay_by == "self" else f"{parent.name}-by-{arm.replay_by}")
             history = replace(history, segments=(*history.segments, (epoch, replays)))
             parent_name = parent.name if parent else None
             if epoch == arm.epochs:
@@ -91,4 +110,18 @@ def path(tree: dict[str, Node], arm: str) -> list[Node]:
     while name:
         found.insert(0, tree[name])
         name = tree[name].parent
+    return found
+
+
+def replays(config: Config) -> dict[str, Replay]:
+    """Return the replays of all arms by name."""
+    tree = nodes(config)
+    found: dict[str, Replay] = {}
+    for name, arm in config.arms.items():
+        twin = config.replay_twin(name) if arm.replay_by == "nobody" else None
+        for place, replay in enumerate(tree[name].replays):
+            node = tree[replay.removesuffix(f"-by-{arm.replay_by}")]
+            model = {"self": node.name, "base": "base", "nobody": None}[arm.replay_by]
+            like = tree[twin].replays[place] if twin else None
+            found.setdefault(replay, Replay(replay, node, arm.replay_by, model, node.replays, like))
     return found

@@ -14,10 +14,14 @@ und                    win rate on the base model's images: of the images on whi
 und_paper              the same, but a category without such images counts as 50, also in `overall`, as in the paper. For
                        example, if the models differ on one image in six categories, and the trained model is wrong on it, und
                        is 0 and und_paper is 41.67
+und_pooled             the same over all such images together, whatever their category
 false_positive_fixed   share of base images with (judge, base, trained) = (no, yes, no)
 true_positive_broken   share of base images with (judge, base, trained) = (yes, yes, no)
 judge_on_base          share of base images on which the model agrees with the judge
 judge_on_own           the same for the model's own images
+false_acceptance       P(own accepts | judge rejects): of the model's images that are wrong according to the judge, the share
+                       that the model accepts
+false_refusal          P(own rejects | judge accepts): of the model's images that are right, the share that the model rejects
 own_unreadable         share of the model's images for which its own verdict could not be parsed
 judge_unreadable       share of the model's images for which the judge gave neither a verdict nor a score
 scorer_unreadable      the same for the scorers, if a benchmark has its own
@@ -26,6 +30,11 @@ neither                mean probability that the model's answer is neither yes n
 An unreadable verdict counts only in the shares of unreadable verdicts; it is in no other metric's denominator. Without an
 external judge there are only non, own_unreadable, neither and the metrics of the scorers. `overall` is the unweighted
 mean over categories.
+
+The intervals are 95 %. They are resampled by prompt, except where a category has counted fewer than 30 images or where all
+resamples are equal: there, resampling would promise too much, and the interval is the exact one of Clopper and Pearson, which
+takes images as independent. The interval of `overall` is then put together from those of its categories. No interval has a
+width of zero.
 """
 
 from __future__ import annotations
@@ -41,10 +50,12 @@ from stages.common import manifests
 from stages.common.errors import UserError
 from stages.common.seeds import hash_seed
 from stages.judges.base import Verdict
+from stages.tools.intervals import exact_interval
 
 Counts = np.ndarray  # float64 [2, runs, prompts]: numerator and denominator by run and prompt
 DRAW = 50.0  # win rate when as many verdicts change for the better as for the worse
-AGAINST_BASE = ("und", "und_paper")  # these already compare with base, so their difference is from a draw
+FEW = 30  # with fewer images than this in a category, intervals are exact instead of resampled
+AGAINST_BASE = ("und", "und_paper", "und_pooled")  # these already compare with base, so their difference is from a draw
 OWN_ONLY = ("non", "own_unreadable", "neither")  # these need no external judge
 BY_SCORER = ("gen", "scorer_unreadable")
 
@@ -91,11 +102,16 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Resampled:
-    """A value in percent, and its values on resampled prompts: float64 `[rounds]`, or None if not meaningful."""
+class Estimate:
+    """A value in percent with its 95 % interval, each None if there is none.
+
+    drawn: the values on resampled prompts, float64 `[rounds]`, or None if the interval is exact.
+    """
 
     value: float | None
-    drawn: np.ndarray | None
+    low: float | None = None
+    high: float | None = None
+    drawn: np.ndarray | None = None
 
 
 class Difference(TypedDict):
@@ -214,6 +230,18 @@ def judge_on_own(image: OwnImage) -> float | None:
     return agreement(image.own, image.judge.matches if image.judge else None)
 
 
+def false_acceptance(image: OwnImage) -> float | None:
+    if image.own is None or image.judge is None or image.judge.matches is not False:
+        return None
+    return image.own
+
+
+def false_refusal(image: OwnImage) -> float | None:
+    if image.own is None or image.judge is None or image.judge.matches is not True:
+        return None
+    return not image.own
+
+
 def own_unreadable(image: OwnImage) -> float | None:
     return image.own is None
 
@@ -256,6 +284,8 @@ ON_OWN: dict[str, Callable[[OwnImage], float | None]] = {
     "non": non,
     "weak_generation": weak_generation,
     "judge_on_own": judge_on_own,
+    "false_acceptance": false_acceptance,
+    "false_refusal": false_refusal,
     "own_unreadable": own_unreadable,
     "judge_unreadable": judge_unreadable,
     "scorer_unreadable": scorer_unreadable,
@@ -264,6 +294,7 @@ ON_OWN: dict[str, Callable[[OwnImage], float | None]] = {
 ON_BASE: dict[str, Callable[[BaseImage], float | None]] = {
     "und": und,
     "und_paper": und,
+    "und_pooled": und,
     "false_positive_fixed": false_positive_fixed,
     "true_positive_broken": true_positive_broken,
     "judge_on_base": judge_on_base,
@@ -322,9 +353,14 @@ def empty_group(metric: str) -> float:
     return DRAW if metric == "und_paper" else float("nan")
 
 
+def groups_for(metric: str, groups: list[np.ndarray]) -> list[np.ndarray]:
+    """Return the groups over which a metric is the mean: und_pooled takes all of them as one."""
+    return [np.concatenate(groups)] if metric == "und_pooled" else groups
+
+
 def share(metric: str, counts: Counts, groups: list[np.ndarray]) -> float | None:
     """Return the mean over groups of 100 x numerator / denominator, or None if no group has a value."""
-    parts = [counts[:, :, group].sum((1, 2)) for group in groups]
+    parts = [counts[:, :, group].sum((1, 2)) for group in groups_for(metric, groups)]
     shares = [100 * top / bottom if bottom else empty_group(metric) for top, bottom in parts]
     known = [part for part in shares if not np.isnan(part)]
     return float(np.mean(known)) if known else None
@@ -340,7 +376,7 @@ def resample(metric: str, counts: Counts, groups: list[np.ndarray], rounds: int,
     runs = counts.shape[1]
     weights = generator.multinomial(runs, [1 / runs] * runs, size=rounds)  # [rounds, runs]
     shares = []
-    for group in groups:
+    for group in groups_for(metric, groups):
         picks = generator.multinomial(len(group), [1 / len(group)] * len(group), size=rounds)  # [rounds, prompts]
         numerator, denominator = np.einsum("rs,ksp,rp->kr", weights, counts[:, :, group], picks, optimize=True)
         missing = np.full(rounds, empty_group(metric) / 100)
@@ -356,53 +392,88 @@ def interval(values: np.ndarray) -> tuple[float | None, float | None]:
     return (float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))) if len(values) else (None, None)
 
 
-def resamplable(counts: Counts, groups: list[np.ndarray]) -> bool:
-    """Return whether some group has at least two prompts with a denominator above 0.
-
-    Otherwise every resample of a group consists of the same prompt, and the interval has width 0 regardless of the true value.
-    """
-    return any((counts[1][:, group].sum(0) > 0).sum() >= 2 for group in groups)
-
-
 def resampling_seed(purpose: str, metric: str, category: str) -> int:
     """Return the seed of a metric's resamples. All arms share it, so that they are paired, and so do und and und_paper."""
     return hash_seed(purpose, metric.removesuffix("_paper"), category)
 
 
-def resampled(metric: str, counts: Counts, groups: list[np.ndarray], rounds: int, seed: int) -> Resampled:
-    """Return a metric's value and its resamples, if these are meaningful.
+def estimate(metric: str, counts: Counts, groups: list[np.ndarray], rounds: int, seed: int) -> Estimate:
+    """Return a metric's value with an interval that is resampled where there is enough to resample."""
+    groups = groups_for(metric, groups)
+    value = share(metric, counts, groups)
+    parts = [counts[:, :, group].sum((1, 2)) for group in groups]
+    if all(bottom == 0 or bottom >= FEW for _, bottom in parts):
+        drawn = resample(metric, counts, groups, rounds, seed)
+        low, high = interval(drawn)
+        if low != high:
+            return Estimate(value, low, high, drawn)
+    if len(groups) == 1:
+        top, bottom = parts[0]
+        if not bottom:
+            return Estimate(value)
+        low, high = exact_interval(top, bottom)
+        return Estimate(value, 100 * low, 100 * high)
+    return combined(metric, value, [estimate(metric, counts, [group], rounds, seed) for group in groups])
 
-    They are not meaningful if nothing can be resampled (see `resamplable`), or if all resamples of a win rate are equal,
-    because a few disagreements with the same outcome do not make the win rate certain.
+
+def combined(metric: str, value: float | None, parts: list[Estimate]) -> Estimate:
+    """Return the mean of independent estimates with an interval that is put together from theirs.
+
+    The distances from the value to both ends are those of the parts, added in squares (the method of variance estimates
+    recovery, Zou and Donner 2008).
     """
-    drawn = resample(metric, counts, groups, rounds, seed) if resamplable(counts, groups) else None
-    if drawn is not None and metric in AGAINST_BASE and np.nanmin(drawn) == np.nanmax(drawn):
-        drawn = None
-    return Resampled(share(metric, counts, groups), drawn)
+    known = [(part.value, part.low, part.high) for part in parts if part.low is not None]
+    if value is None or not known:
+        return Estimate(value)
+    number = len(parts) if metric == "und_paper" else len(known)
+    values, lows, highs = np.array(known, dtype=float).T
+    below, above = np.linalg.norm(values - lows) / number, np.linalg.norm(highs - values) / number
+    return Estimate(value, value - float(below), value + float(above))
 
 
-def difference(one: Resampled, other: Resampled) -> Difference:
-    """Return the paired difference of two values, with its interval if both were resampled."""
-    low, high = (None, None) if one.drawn is None or other.drawn is None else interval(one.drawn - other.drawn)
-    delta = None if one.value is None or other.value is None else one.value - other.value
+def difference(one: Estimate, other: Estimate) -> Difference:
+    """Return the difference of two values with its interval.
+
+    It is resampled in pairs if both were, and there is none if these resamples are all equal. Otherwise it is put together from
+    both intervals as if they were independent, which makes it wider than pairs would.
+    """
+    if one.value is None or other.value is None:
+        return {"delta": None, "delta_ci_low": None, "delta_ci_high": None}
+    delta, low, high = one.value - other.value, None, None
+    if one.drawn is not None and other.drawn is not None:
+        low, high = interval(one.drawn - other.drawn)
+        low, high = (None, None) if low == high else (low, high)
+    elif one.low is not None and one.high is not None and other.low is not None and other.high is not None:
+        low = delta - float(np.hypot(one.value - one.low, other.high - other.value))
+        high = delta + float(np.hypot(one.high - one.value, other.value - other.low))
+    return {"delta": delta, "delta_ci_low": low, "delta_ci_high": high}
+
+
+def against_draw(found: Estimate) -> Difference:
+    """Return the difference of a win rate from 50, a draw."""
+    delta, low, high = (None if end is None else end - DRAW for end in (found.value, found.low, found.high))
     return {"delta": delta, "delta_ci_low": low, "delta_ci_high": high}
 
 
 def summarise(metric: str, counts: Counts, base: Counts, groups: list[np.ndarray], rounds: int, seed: int) -> Summary:
-    """Return a metric's value and interval, and its paired difference from base (from a draw for und and und_paper)."""
-    found = resampled(metric, counts, groups, rounds, seed)
+    """Return a metric's value and interval, and its difference from base (for win rates from a draw).
+
+    Counts that are equal to those of base, such as base's own, have a difference of 0 without an interval.
+    """
+    found = estimate(metric, counts, groups, rounds, seed)
     if metric in AGAINST_BASE:
-        reference = Resampled(DRAW, np.full(rounds, DRAW))
+        change = against_draw(found)
+    elif np.array_equal(counts, base):
+        change = difference(Estimate(found.value), Estimate(found.value))
     else:
-        reference = resampled(metric, base, groups, rounds, seed)
-    low, high = (None, None) if found.drawn is None else interval(found.drawn)
+        change = difference(found, estimate(metric, base, groups, rounds, seed))
     numerator, denominator = sum(counts[:, :, group].sum((1, 2)) for group in groups)
     return {
         "value": found.value,
         "prompts": sum(len(group) for group in groups),
         "numerator": float(numerator),
         "denominator": int(denominator),
-        "ci_low": low,
-        "ci_high": high,
-        **difference(found, reference),
+        "ci_low": found.low,
+        "ci_high": found.high,
+        **change,
     }

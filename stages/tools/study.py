@@ -1,15 +1,38 @@
-"""Combine runs that differ only in their seed into one table: every arm compared with base, with intervals.
+"""Combine the runs of a study: every arm against base, and every claim as a contrast of two arms, with intervals.
 
-    python -m stages.tools.study --runs results/study-0 results/study-1 --out docs/study.csv --plot docs/study.png
+    python -m stages.tools.study --runs results/study-* --out docs/study.csv --by-run docs/study-runs.csv \\
+        --contrasts docs/contrasts.csv --plot docs/study.png
 
-Each seed has its own training prompts, candidates, training order and benchmark images; the benchmark prompts are the same.
-The 95 % intervals are bootstrapped jointly over seeds and over prompts within categories; differences are paired in both.
+The runs may differ in seed, run and model.checkpoint. Each seed has its own training prompts, candidates, order of training and
+benchmark images; the prompts of a benchmark are the same in all runs.
+
+**What an interval holds for.** The recipe: the difference that one would find on average over further pretrained checkpoints of
+this kind, further seeds and further prompts of these categories. `mean_variance_freedom` estimates the variance of the measured
+difference from its parts: checkpoints (with the seeds within them) and prompts, which all checkpoints share. The interval is
+Student's t with Satterthwaite's degrees of freedom, at least one less than the number of checkpoints. It assumes
+
+- that the checkpoints are a random sample and their effects roughly normal. With three to five of them the t distribution pays
+  for not knowing their spread, but nothing can show that they are typical;
+- that runs are independent but for their checkpoint and the prompts. So every run should have its own seed: two checkpoints
+  with the same seed train on the same prompts;
+- that a share's numerator and denominator by prompt are not far from proportional (the first-order delta method).
+
+In a simulation with 3 to 5 checkpoints of 2 seeds (tests/test_study.py) it covers the truth in 95 to 96 % where checkpoints and
+seeds differ by 1 point, in 93 % where 3 checkpoints differ by 2, and in up to 98 % where they do not differ at all.
+Bootstrapping checkpoints and prompts together counts the chance in the images twice. That hides that three checkpoints show too
+little of their spread, but where they differ by 3 points it covers only 85 %. With a single checkpoint its seeds take the place
+of checkpoints, and the interval does not hold for others. With a single run it holds for that run, and only over prompts.
+
+Where a category has counted fewer than 30 images in all runs, or where the difference does not vary, that interval would say
+too much. Then the exact interval of stages/tools/metrics.py stands there, which holds for these models only.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +43,147 @@ from stages.common.config import Config, load
 from stages.common.errors import UserError, run_stage
 from stages.common.files import whole_file
 from stages.tools import metrics
-from stages.tools.arms import nodes, selection_owner
+from stages.tools.arms import nodes, replays, selection_owner
+from stages.tools.intervals import t_quantile
 
 Row = dict[str, Any]
+Groups = list[np.ndarray]
 COLUMNS = (
-    "benchmark", "arm", "category", "metric", "value", "delta", "delta_ci_low", "delta_ci_high", "denominator", "seeds",
+    "benchmark", "arm", "category", "metric", "value", "delta", "delta_ci_low", "delta_ci_high", "n", "seeds", "models",
 )  # fmt: skip
-ROUNDS = 4000
+RUN_COLUMNS = ("model", "seed", "benchmark", "arm", "category", "metric", "value", "n")
+CONTRAST_COLUMNS = (
+    "claim", "arm", "against", "benchmark", "metric", "category", "difference", "ci_low", "ci_high", "n", "seeds", "models",
+)  # fmt: skip
+ROUNDS = 2000  # resamples where the interval is not the recipe's
+MAY_DIFFER: Any = {"run": True, "seed": True, "model": {"checkpoint"}}
+
+# The claims: what is said, the arm, what it is compared with, and the metrics. An arm that the runs lack is left out.
+DRAWING = ("gen", "non")
+JUDGING = ("judge_on_base", "judge_on_own", "false_acceptance", "false_refusal")
+DATA = ("trained_precision",)
+REPLAYED = ("recovered_prompts", "recovered_precision")
+CLAIMS: list[tuple[str, str, str, tuple[str, ...]]] = [
+    claim
+    for sft in ("sft", "dpo")
+    for claim in (
+        ("training on its own judgement helps", sft, "base", DRAWING + JUDGING),
+        ("selection by the model's judge helps", sft, f"{sft}-nobody", DRAWING + JUDGING + DATA),
+        ("training without a judge helps", f"{sft}-nobody", "base", DRAWING + JUDGING),
+        ("a perfect judge adds", f"{sft}-truth", sft, DRAWING + JUDGING + DATA),
+        ("training on the truth helps", f"{sft}-truth", "base", DRAWING + JUDGING),
+        ("replay adds", f"c-{sft}", sft, DRAWING + JUDGING + DATA),
+        ("replay beats redrawing by the untrained model", f"c-{sft}", f"c-{sft}-base", DRAWING + JUDGING + DATA + REPLAYED),
+        ("replay beats more rows", f"c-{sft}", f"c-{sft}-more", DRAWING + JUDGING + DATA),
+        ("training with replay helps", f"c-{sft}", "base", DRAWING + JUDGING),
+    )
+] + [
+    ("the anchor helps the judge", "sft-anchored", "sft", JUDGING),
+    ("the anchor costs no drawing", "sft-anchored", "sft", DRAWING),
+    ("training with the anchor helps", "sft-anchored", "base", DRAWING + JUDGING),
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the study."""
+
+    folder: Path
+    model: str
+    seed: int
+
+
+# The interval of the recipe
+
+
+def mean_variance_freedom(values: np.ndarray, groups: Groups) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the mean over checkpoints and groups of prompts, its variance, and Satterthwaite's degrees of freedom.
+
+    values: float `[..., checkpoints, prompts]`, with at least two checkpoints, and two prompts in each group.
+
+    The variance of the checkpoints' means contains checkpoints, seeds and images, but not the prompts that they share. The
+    variance of the prompts' means contains prompts and, again, images. What both contain is estimated from how prompts differ
+    between checkpoints, and is taken away once.
+    """
+    checkpoints = values.shape[-2]
+    between = np.mean([values[..., group].mean(-1) for group in groups], axis=0)  # [..., checkpoints]
+    of_checkpoints = between.var(-1, ddof=1) / checkpoints
+    of_prompts = of_images = np.zeros(values.shape[:-2])
+    for group in groups:
+        part = values[..., group]
+        prompts = part.mean(-2, keepdims=True)
+        rest = part - part.mean(-1, keepdims=True) - prompts + prompts.mean(-1, keepdims=True)
+        squares = (rest**2).sum((-2, -1)) / ((checkpoints - 1) * (len(group) - 1))
+        of_images = of_images + squares / (checkpoints * len(group)) / len(groups) ** 2
+        of_prompts = of_prompts + prompts[..., 0, :].var(-1, ddof=1) / len(group) / len(groups) ** 2
+    variance = of_prompts + np.maximum(of_checkpoints - of_images, 0)
+    free = sum(map(len, groups)) - len(groups)
+    parts = of_checkpoints**2 / (checkpoints - 1) + of_prompts**2 / free + of_images**2 / ((checkpoints - 1) * free)
+    freedom = np.divide(variance**2, parts, out=np.ones_like(variance), where=parts > 0)
+    return between.mean(-1), variance, np.maximum(freedom, checkpoints - 1)
+
+
+def half_width(values: np.ndarray, groups: Groups) -> float:
+    """Return half the width of the 95 % interval of a mean; 0 if the values do not vary or a group has a single prompt.
+
+    values: float `[checkpoints, prompts]`. With one checkpoint, only prompts count as random.
+    """
+    if min(map(len, groups)) < 2:
+        return 0.0
+    if len(values) > 1:
+        _, variance, freedom = (float(part) for part in mean_variance_freedom(values, groups))
+    else:
+        variance = sum(values[0, group].var(ddof=1) / len(group) for group in groups) / len(groups) ** 2
+        freedom = sum(map(len, groups)) - len(groups)
+    return t_quantile(0.975, freedom) * variance**0.5
+
+
+def by_prompt(metric: str, counts: metrics.Counts, groups: Groups) -> np.ndarray | None:
+    """Return a share in percent by run and prompt, `[runs, prompts]`, or None where a group has counted too little.
+
+    The mean over a group is the group's share. If prompts differ in how many images they count, a prompt's value is its
+    contribution to that share (its influence, plus the share).
+    """
+    values = np.zeros(counts.shape[1:])
+    for group in metrics.groups_for(metric, groups):
+        numerator, denominator = counts[:, :, group]
+        if denominator.sum() < metrics.FEW:
+            return None
+        rate = numerator.sum() / denominator.sum()
+        values[:, group] = 100 * (rate + (numerator - rate * denominator) / denominator.mean())
+    return values
+
+
+def units(runs: list[Run]) -> list[list[int]]:
+    """Return the places of the runs of each checkpoint; with a single checkpoint, each run by itself."""
+    models = list(dict.fromkeys(run.model for run in runs))
+    if len(models) == 1:
+        return [[place] for place in range(len(runs))]
+    return [[place for place, run in enumerate(runs) if run.model == model] for model in models]
+
+
+def contrast(
+    metric: str, one: metrics.Counts, other: metrics.Counts | None, groups: Groups, runs: list[Run], seed: int
+) -> metrics.Difference:
+    """Return the difference between two arms with its interval. other: None for the difference of a win rate from a draw."""
+    value = metrics.share(metric, one, groups)
+    reference = metrics.DRAW if other is None else metrics.share(metric, other, groups)
+    if value is None or reference is None or (other is not None and np.array_equal(one, other)):
+        return metrics.difference(metrics.Estimate(value), metrics.Estimate(reference))
+    mine, theirs = by_prompt(metric, one, groups), None if other is None else by_prompt(metric, other, groups)
+    if mine is not None and (theirs is not None or other is None):
+        change = mine if theirs is None else mine - theirs
+        means = np.stack([change[places].mean(0) for places in units(runs)])
+        if half := half_width(means, metrics.groups_for(metric, groups)):
+            delta = value - reference
+            return {"delta": delta, "delta_ci_low": delta - half, "delta_ci_high": delta + half}
+    found = metrics.estimate(metric, one, groups, ROUNDS, seed)
+    if other is None:
+        return metrics.against_draw(found)
+    return metrics.difference(found, metrics.estimate(metric, other, groups, ROUNDS, seed))
+
+
+# Benchmarks
 
 
 def files(run: Path, node: str, *folders: str) -> list[Path]:
@@ -51,144 +208,271 @@ def counted(run: Path, config: Config, benchmark: str, prompts: list[Row]) -> di
     return found
 
 
-def evaluation_rows(runs: list[Path], config: Config, benchmark: str) -> list[Row]:
-    """Return a benchmark's rows: every arm against base, and every arm with replay against the same arm without replay."""
+def benchmark_prompts(runs: list[Run], benchmark: str) -> list[Row]:
+    """Return the prompts of a benchmark, which must be the same in all runs."""
     place = Path("prompts", f"{benchmark}.parquet")
-    prompts = manifests.read_rows(runs[0] / place, "prompts")
+    prompts = manifests.read_rows(runs[0].folder / place, "prompts")
     for run in runs[1:]:
-        if manifests.read_rows(run / place, "prompts") != prompts:
-            raise UserError(f"{run / place}: not the prompts of {runs[0]}; the runs of a study may differ only in their seed")
+        if manifests.read_rows(run.folder / place, "prompts") != prompts:
+            raise UserError(
+                f"{run.folder / place}: not the prompts of {runs[0].folder}; the runs of a study have the same benchmarks"
+            )
+    return prompts
+
+
+def benchmark_rows(runs: list[Run], config: Config, benchmark: str) -> tuple[list[Row], list[Row], list[Row]]:
+    """Return a benchmark's rows of the three tables: all runs together, every run, and contrasts."""
+    prompts = benchmark_prompts(runs, benchmark)
     arms = ["base", *config.arms]
-    by_run = [counted(run, config, benchmark, prompts) for run in runs]
+    by_run = [counted(run.folder, config, benchmark, prompts) for run in runs]
     counts = {
         arm: {name: np.concatenate([part[arm][name] for part in by_run], axis=1) for name in by_run[0][arm]} for arm in arms
     }
-    pairs = [(arm, arm, "base") for arm in arms]
-    pairs += [(f"{arm} against {twin}", arm, twin) for arm in arms if (twin := arm.removeprefix("c-")) != arm and twin in arms]
-    rows = []
-    for label, arm, reference in pairs:
+    categories = metrics.groups_of(prompts)
+    size = {"benchmark": benchmark, "seeds": len(runs), "models": len({run.model for run in runs})}
+    together, each, contrasts = [], [], []
+    for arm in arms:
         for name, found in counts[arm].items():
-            for category, groups in metrics.groups_of(prompts).items():
+            for category, groups in categories.items():
                 seed = metrics.resampling_seed("study", name, category)
-                row: Row = {"benchmark": benchmark, "arm": label, "category": category, "metric": name, "seeds": len(runs)}
-                row |= metrics.summarise(name, found, counts["base"][name], groups, ROUNDS, seed)
-                if reference != "base":
-                    twins = [metrics.resampled(name, of[name], groups, ROUNDS, seed) for of in (counts[arm], counts[reference])]
-                    row |= metrics.difference(*twins)
-                rows.append({column: row[column] for column in COLUMNS})
-    return rows
+                row = size | {"arm": arm, "category": category, "metric": name, "n": int(total(found, groups)[1])}
+                base = None if name in metrics.AGAINST_BASE else counts["base"][name]
+                value = {"value": metrics.share(name, found, groups)}
+                together.append(row | value | contrast(name, found, base, groups, runs, seed))
+                for place, run in enumerate(runs):
+                    part = found[:, place : place + 1]
+                    count = {"value": metrics.share(name, part, groups), "n": int(total(part, groups)[1])}
+                    each.append(row | count | {"model": run.model, "seed": run.seed})
+    for claim, arm, against, names in CLAIMS:
+        for name in names:
+            if arm not in counts or against not in counts or name not in counts[arm]:
+                continue
+            for category, groups in categories.items():
+                one, other = counts[arm][name], counts[against][name]
+                seed = metrics.resampling_seed("study", name, category)
+                change = contrast(name, one, other, groups, runs, seed)
+                row = size | {"claim": claim, "arm": arm, "against": against, "metric": name, "category": category}
+                contrasts.append(row | as_contrast(change) | {"n": int(total(one, groups)[1])})
+    return together, each, contrasts
 
 
-def share_row(arm: str, metric: str, shares: list[tuple[int, int]]) -> Row:
-    """Return the share pooled over runs, in percent, as a row about the training prompts. It has no difference from base."""
-    numerator, denominator = (sum(part) for part in zip(*shares, strict=True))
-    value = 100 * numerator / denominator if denominator else None
-    row = dict.fromkeys(COLUMNS) | {"benchmark": "train", "arm": arm, "category": "overall", "metric": metric, "value": value}
-    return row | {"denominator": denominator, "seeds": len(shares)}
+def total(counts: metrics.Counts, groups: Groups) -> np.ndarray:
+    """Return numerator and denominator over all runs and prompts."""
+    return np.sum([counts[:, :, group].sum((1, 2)) for group in groups], axis=0)
 
 
-def true_share(run: Path, node: str, judge: str, images: str, chosen: list[str]) -> tuple[int, int]:
+def as_contrast(change: metrics.Difference) -> Row:
+    return {"difference": change["delta"], "ci_low": change["delta_ci_low"], "ci_high": change["delta_ci_high"]}
+
+
+# Training data
+
+Share = tuple[int, int]  # a numerator and a denominator
+
+
+def true_share(run: Path, node: str, judge: str, images: str, chosen: list[str]) -> Share:
     """Return how many of the chosen images match according to the judge, and for how many it has a verdict."""
     verdicts = metrics.external_verdicts(files(run, node, "verdicts", judge, images)).get(judge, {})
-    known = [verdicts[name].matches for name in chosen]
+    known = [verdicts[name].matches for name in chosen if name in verdicts]
     return known.count(True), known.count(True) + known.count(False)
 
 
-def selection_rows(runs: list[Path], config: Config) -> list[Row]:
-    """Return rows about the selection: prompts discarded and recovered by replay, and the precision of the chosen images.
+def added(shares: Iterable[Share]) -> Share:
+    numerators, denominators = zip(*shares, strict=True)
+    return sum(numerators), sum(denominators)
 
-    Precision is measured by the judge of the first benchmark. Without a judge it is left out.
+
+def data_shares(run: Path, config: Config, arm: str) -> dict[str, Share]:
+    """Return shares about an arm's training data in one run.
+
+    chosen_precision: of the rows of the first selection, those whose image is right. discarded_prompts: of all training
+    prompts, those that wait for a replay. recovered_prompts: of these, those that replay recovers. recovered_precision: of the
+    rows that join at replays, those whose image is right. trained_precision: the same for all rows. The judge of the first
+    benchmark says what is right; without one, there is no precision.
     """
-    rows = []
-    tree = nodes(config)
+    owner, tree, replayed = selection_owner(config, arm), nodes(config), replays(config)
     judge = next(iter(config.benchmarks.values())).judge if config.benchmarks else None
-    for arm in config.arms:
-        owner = selection_owner(config, arm)
-        precise, discarded, recovered, again = [], [], [], []
-        for run in runs:
-            waits = manifests.read_rows(run / owner / "discard.parquet", "discard")
-            total = len(manifests.read_rows(run / "prompts/train.parquet", "prompts"))
-            discarded.append((len([row for row in waits if row["reason"] == "no_accepted"]), total))
-            if judge:
-                chosen = [row["chosen"] for row in manifests.read_rows(run / owner / "pairs.parquet", "pairs")]
-                precise.append(true_share(run, "base", judge, "train", chosen))
-            for node in tree[arm].replays:
-                pool = manifests.read_rows(run / node / "replay/pool.parquet", "prompts")
-                pairs = manifests.read_rows(run / node / "replay/pairs.parquet", "pairs")
-                recovered.append((len({row["prompt_id"] for row in pairs}), len(pool)))
-                if judge:
-                    again.append(true_share(run, node, judge, "replay", [row["chosen"] for row in pairs]))
-        shares = {
-            "chosen_precision": precise,
-            "discarded_prompts": discarded,
-            "recovered_prompts": recovered,
-            "recovered_precision": again,
-        }
-        rows += [share_row(arm, metric, found) for metric, found in shares.items() if found]
-    return rows
+    judged = (config.counterpart(arm) if config.arm_pairs(arm).matched else None) or arm
+    waits = manifests.read_rows(run / selection_owner(config, judged) / "discard.parquet", "discard")
+    prompts = manifests.read_rows(run / "prompts/train.parquet", "prompts")
+    shares = {"discarded_prompts": (len([row for row in waits if row["reason"] == "no_accepted"]), len(prompts))}
+    selected = [row["chosen"] for row in manifests.read_rows(run / owner / "pairs.parquet", "pairs")]
+    recovered: list[Share] = []
+    precise: list[Share] = []
+    for name in tree[arm].replays:
+        pairs = manifests.read_rows(run / name / "replay/pairs.parquet", "pairs")
+        drawn = replayed[name].model is not None
+        if drawn:
+            pool = manifests.read_rows(run / name / "replay/pool.parquet", "prompts")
+            recovered.append((len({row["prompt_id"] for row in pairs}), len(pool)))
+        if judge:
+            images = (name, judge, "replay") if drawn else ("base", judge, "train")
+            precise.append(true_share(run, *images, [row["chosen"] for row in pairs]))
+    if recovered:
+        shares["recovered_prompts"] = added(recovered)
+    if judge:
+        shares["chosen_precision"] = true_share(run, "base", judge, "train", selected)
+        shares["trained_precision"] = added([shares["chosen_precision"], *precise])
+    if precise:
+        shares["recovered_precision"] = added(precise)
+    return shares
 
 
-def plot(rows: list[Row], benchmarks: list[str], arms: list[str], out: Path) -> None:
-    """Plot the differences from base of Gen. and Non., and the win rate: a line per arm, a row per benchmark."""
+def percent(share: Share) -> float | None:
+    return 100 * share[0] / share[1] if share[1] else None
+
+
+def data_rows(runs: list[Run], config: Config) -> tuple[list[Row], list[Row], list[Row]]:
+    """Return the rows about training data of the three tables.
+
+    Training prompts differ between runs, so the interval of a contrast is that of the checkpoints' mean differences.
+    """
+    shares = {arm: [data_shares(run.folder, config, arm) for run in runs] for arm in config.arms}
+    common: Row = {"benchmark": "train", "category": "overall"}
+    size = common | {"seeds": len(runs), "models": len({run.model for run in runs})}
+    together, each, contrasts = [], [], []
+    for arm, found in shares.items():
+        for name in found[0]:
+            pooled = added(part[name] for part in found)
+            together.append(size | {"arm": arm, "metric": name, "value": percent(pooled), "n": pooled[1]})
+            for run, part in zip(runs, found, strict=True):
+                row = common | {"model": run.model, "seed": run.seed, "arm": arm, "metric": name}
+                each.append(row | {"value": percent(part[name]), "n": part[name][1]})
+    for claim, arm, against, names in CLAIMS:
+        for name in names:
+            if arm not in shares or against not in shares or not all(name in shares[a][0] for a in (arm, against)):
+                continue
+            sides = [[percent(part[name]) for part in shares[side]] for side in (arm, against)]
+            if any(value is None for side in sides for value in side):
+                continue
+            change = np.subtract(*np.array(sides, dtype=float))
+            means = np.array([change[places].mean() for places in units(runs)])
+            row = size | {"claim": claim, "arm": arm, "against": against, "metric": name}
+            row |= {"n": added(part[name] for part in shares[arm])[1], "difference": float(means.mean())}
+            if len(means) > 1 and means.std() > 0:
+                half = t_quantile(0.975, len(means) - 1) * float(means.std(ddof=1)) / len(means) ** 0.5
+                row |= {"ci_low": row["difference"] - half, "ci_high": row["difference"] + half}
+            contrasts.append(row)
+    return together, each, contrasts
+
+
+# Writing and showing
+
+
+def write_table(path: Path, columns: tuple[str, ...], rows: list[Row]) -> None:
+    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for row in rows:
+            known = {column: row.get(column) for column in columns}
+            writer.writerow({k: round(v, 3) if isinstance(v, float) else v for k, v in known.items()})
+
+
+def draw_interval(axis: Any, place: int, value: float | None, low: float | None, high: float | None) -> None:
+    """Draw a value with its interval; the point is filled if the interval excludes zero, and missing without an interval."""
+    if value is None or low is None or high is None or low == high:
+        return
+    clear = low > 0 or high < 0
+    axis.plot([low, high], [place] * 2, color="#1c1c1e", linewidth=1.5)
+    axis.plot(value, place, "o", color="#1c1c1e", markerfacecolor="#1c1c1e" if clear else "white")
+
+
+def plot(rows: list[Row], contrasts: list[Row], benchmarks: list[str], arms: list[str], out: Path) -> None:
+    """Plot, for each benchmark, the arms' differences from base, and beside them the contrasts of the claims."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    size = (11, (0.45 * len(arms) + 1.4) * len(benchmarks))
-    figure, axes = pyplot.subplots(len(benchmarks), 3, figsize=size, sharey=True, squeeze=False, layout="constrained")
-    titles = {"gen": "Gen. (drawn right)", "non": "Non. (refuses its own)", "und": "Und. (win rate less 50)"}
-    overall = {(row["benchmark"], row["arm"], row["metric"]): row for row in rows if row["category"] == "overall"}
+    titles = {"gen": "Gen. (draws right)", "non": "Non. (refuses its own)", "false_acceptance": "accepts its wrong images"}
+    claimed = {(row["claim"], row["arm"]) for row in contrasts if row["against"] != "base"}
+    height = (0.35 * max(len(arms), len(claimed)) + 1.4) * len(benchmarks)
+    figure, axes = pyplot.subplots(
+        len(benchmarks), 4, figsize=(15, height), squeeze=False, layout="constrained", width_ratios=(1, 1, 1, 1.3)
+    )
     for benchmark, line in zip(benchmarks, axes, strict=True):
-        for axis, (metric, title) in zip(line, titles.items(), strict=True):
-            axis.axvline(0, color="#8e8e93", linewidth=1)
+        overall = [row for row in rows if row["benchmark"] == benchmark and row["category"] == "overall"]
+        of_arm = {(row["arm"], row["metric"]): row for row in overall}
+        for axis, (metric, title) in zip(line, titles.items(), strict=False):
             for place, arm in enumerate(arms):
-                row = overall.get((benchmark, arm, metric))
-                if row is None or row["delta_ci_low"] is None:
-                    continue
-                clear = row["delta_ci_low"] > 0 or row["delta_ci_high"] < 0
-                axis.plot([row["delta_ci_low"], row["delta_ci_high"]], [place] * 2, color="#1c1c1e", linewidth=1.5)
-                axis.plot(row["delta"], place, "o", color="#1c1c1e", markerfacecolor="#1c1c1e" if clear else "white")
-            axis.set_title(title if len(benchmarks) == 1 else f"{benchmark}: {title}", fontsize=10)
-            axis.set_yticks(range(len(arms)), arms)
-            axis.spines[["top", "right"]].set_visible(False)
+                row = of_arm.get((arm, metric), {})
+                draw_interval(axis, place, row.get("delta"), row.get("delta_ci_low"), row.get("delta_ci_high"))
+            axis.set_title(f"{benchmark}: {title}", fontsize=10)
+            axis.set_yticks(range(len(arms)), arms if metric == "gen" else [""] * len(arms))
             axis.set_xlabel("points against base, 95 % interval", fontsize=8)
-    axes[0, 0].invert_yaxis()
+        known = [row for row in contrasts if row["benchmark"] == benchmark and row["category"] == "overall"]
+        claims = {(row["claim"], row["arm"]): row for row in reversed(known) if row["against"] != "base"}  # its first metric
+        shown = list(reversed(claims.values()))
+        for place, row in enumerate(shown):
+            draw_interval(line[3], place, row["difference"], row["ci_low"], row["ci_high"])
+        names = [f"{row['claim']}\n{row['arm']} against {row['against']}, {row['metric']}" for row in shown]
+        line[3].set_yticks(range(len(shown)), names, fontsize=7)
+        line[3].set_title(f"{benchmark}: claims", fontsize=10)
+        line[3].set_xlabel("points, 95 % interval", fontsize=8)
+    for axis in axes.flat:
+        axis.axvline(0, color="#8e8e93", linewidth=1, zorder=0)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.invert_yaxis()
     with whole_file(out) as temporary:
-        figure.savefig(temporary, format="png", dpi=150, metadata={"Software": None})
+        figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
+
+
+def interval_text(change: float | None, low: float | None, high: float | None) -> str:
+    if change is None:
+        return ""
+    return f"  {change:+6.2f}" + ("" if low is None or high is None else f" ({low:+.2f} to {high:+.2f})")
 
 
 def line(row: Row) -> str:
-    """Return a row as a line for the terminal."""
-    interval = ""
-    if row["delta"] is not None and row["delta_ci_low"] is not None:
-        interval = f"  {row['delta']:+6.2f} ({row['delta_ci_low']:+.2f} to {row['delta_ci_high']:+.2f})"
-    name = f"{row['benchmark']:<12} {row['arm']:<20} {row['metric']:<22}"
-    return f"{name} {row['value']:6.2f}{interval}  of {row['denominator']}"
+    """Return a row of the study as a line for the terminal."""
+    change = interval_text(row.get("delta"), row.get("delta_ci_low"), row.get("delta_ci_high"))
+    return f"{row['benchmark']:<12} {row['arm']:<14} {row['metric']:<22} {row['value']:6.2f} n {row['n']}{change}"
+
+
+def claim_line(row: Row) -> str:
+    """Return a contrast as a line for the terminal."""
+    change = interval_text(row["difference"], row.get("ci_low"), row.get("ci_high"))
+    return f"{row['claim']}: {row['arm']} against {row['against']}, {row['benchmark']} {row['metric']} n {row['n']}{change}"
+
+
+def open_runs(folders: list[Path]) -> tuple[list[Run], Config]:
+    """Return the runs and the configuration that they share. Raises UserError if they differ in more than they may."""
+    configs = [load(folder / "run_config.yaml") for folder in folders]
+    shared = configs[0].model_dump(exclude=MAY_DIFFER)
+    runs: list[Run] = []
+    for folder, config in zip(folders, configs, strict=True):
+        if config.model_dump(exclude=MAY_DIFFER) != shared:
+            raise UserError(
+                f"{folder}/run_config.yaml: differs from that of {folders[0]} in more than run, seed and model.checkpoint; "
+                "a study needs runs of one configuration"
+            )
+        run = Run(folder, config.model.checkpoint, config.seed)
+        if twin := next((other for other in runs if (other.model, other.seed) == (run.model, run.seed)), None):
+            raise UserError(f"{folder}: has the model and the seed of {twin.folder}; leave one of them out")
+        runs.append(run)
+    return runs, configs[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="results folders that differ only in their seed")
-    parser.add_argument("--out", type=Path, required=True, help="table to write (CSV)")
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="results folders of the runs")
+    parser.add_argument("--out", type=Path, required=True, help="table of all runs together (CSV)")
+    parser.add_argument("--by-run", type=Path, help="table with a row for each run (CSV)")
+    parser.add_argument("--contrasts", type=Path, help="table of the claims (CSV)")
     parser.add_argument("--plot", type=Path, help="plot to write (PNG)")
     arguments = parser.parse_args()
-    configs = [load(run / "run_config.yaml") for run in arguments.runs]
-    first = configs[0]
-    for run, config in zip(arguments.runs, configs, strict=True):
-        if config.model_dump(exclude={"run", "seed"}) != first.model_dump(exclude={"run", "seed"}):
-            raise UserError(f"{run}/run_config.yaml: differs from {arguments.runs[0]}'s in more than seed and run")
-    rows = [row for benchmark in first.benchmarks for row in evaluation_rows(arguments.runs, first, benchmark)]
-    rows += selection_rows(arguments.runs, first)
-    with whole_file(arguments.out) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows([{k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in rows])
+    runs, config = open_runs(arguments.runs)
+    parts = [benchmark_rows(runs, config, benchmark) for benchmark in config.benchmarks] + [data_rows(runs, config)]
+    together, each, contrasts = ([row for part in parts for row in part[place]] for place in range(3))
+    write_table(arguments.out, COLUMNS, together)
+    if arguments.by_run:
+        write_table(arguments.by_run, RUN_COLUMNS, each)
+    if arguments.contrasts:
+        write_table(arguments.contrasts, CONTRAST_COLUMNS, contrasts)
     if arguments.plot:
-        plot(rows, list(first.benchmarks), list(first.arms), arguments.plot)
-    for row in rows:
-        if row["category"] == "overall" and row["value"] is not None:
-            print(line(row))
+        plot(together, contrasts, list(config.benchmarks), list(config.arms), arguments.plot)
+    for rows, show in ((together, line), (contrasts, claim_line)):
+        print("\n".join(show(row) for row in rows if row["category"] == "overall" and row.get("value", 0) is not None))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ rule generate:
         checkpoint=lambda wildcards: checkpoint_folder(wildcards.node),
         candidates=images_per_prompt,
         # A replay is a separate round, so that it does not reuse the seeds of round 0.
-        round=lambda wildcards: NODES[wildcards.node].epoch if wildcards.set == "replay" else 0,
+        round=lambda wildcards: REPLAYS[wildcards.node].node.epoch if wildcards.set == "replay" else 0,
         sampling=read_by("stages.generate", settings.sampling()),
         shards=len(SHARDS),
         model=MODEL,

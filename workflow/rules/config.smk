@@ -1,6 +1,7 @@
 """Loads and validates the configuration, and derives the constants that the other rule files use.
 
-settings: the validated configuration (stages/common/config.py). NODES: the trained checkpoints (stages/tools/arms.py).
+settings: the validated configuration (stages/common/config.py). NODES, REPLAYS: the trained checkpoints and the replays
+(stages/tools/arms.py).
 """
 
 from pathlib import Path
@@ -26,7 +27,7 @@ try:
         )
     FAMILY = describe(settings.model.family)
     FAMILY.files(Path(settings.model.checkpoint), "draw")  # raises UserError unless it is one of this family
-    NODES = arm_tree.nodes(settings)
+    NODES, REPLAYS = arm_tree.nodes(settings), arm_tree.replays(settings)
 except UserError as error:
     raise WorkflowError(str(error))
 
@@ -38,6 +39,7 @@ BENCHMARKS = list(settings.benchmarks)
 JUDGED = [name for name in BENCHMARKS if settings.benchmarks[name].judge]  # those with an external judge
 UNDERSTANDING = list(settings.understanding)
 EVALUATED = ["base", *settings.arms]
+MATCHED = [arm for arm in settings.arms if settings.arm_pairs(arm).matched]
 # Everything besides the weights on which a model's results depend. Device and batch sizes are not included.
 MODEL = {"family": settings.model.family, "dtype": settings.model.dtype}
 ORACLES = list(dict.fromkeys(filter(None, (settings.arm_pairs(arm).oracle for arm in settings.arms))))
@@ -58,7 +60,7 @@ def pattern(names):
 
 wildcard_constraints:
     arm=pattern(settings.arms),
-    node=pattern(["base", *NODES]),
+    node=pattern(["base", *NODES, *REPLAYS]),
     set=pattern(["train", "replay", *BENCHMARKS]),
     benchmark=pattern(BENCHMARKS),
     understanding=pattern(UNDERSTANDING),

@@ -10,6 +10,8 @@ rule pairs:
         discard=f"{RUN}/{{arm}}/discard.parquet",
     log:
         f"{RUN}/logs/pairs/{{arm}}.log",
+    wildcard_constraints:
+        arm=pattern(arm for arm in settings.arms if arm not in MATCHED),
     conda:
         "../../envs/light.yaml"
     resources:

@@ -10,6 +10,7 @@ results/<run>/<node>/answers/<name>.parquet                          the answers
 results/<run>/<node>/understanding/<name>.parquet                    the metrics of these answers
 results/<run>/<arm>/pairs.parquet, discard.parquet                   arms with equal selections share the first arm's
 results/<run>/<node>/schedule.parquet, checkpoint/, training.parquet, replay/
+results/<run>/<node>-by-<who>/replay/                                the replay of a control, with its candidates and scores
 """
 
 # Models
@@ -17,13 +18,18 @@ results/<run>/<node>/schedule.parquet, checkpoint/, training.parquet, replay/
 
 def checkpoint_files(node, role):
     """Return the files that identify a node's model in a role: when one changes, it is another model."""
-    if node != "base":
+    if model_of(node) != "base":
         return [f"{RUN}/{node}/checkpoint/{FAMILY.trained_file}"]
     return [str(path) for path in FAMILY.files(Path(settings.model.checkpoint), role)]
 
 
 def checkpoint_folder(node):
-    return settings.model.checkpoint if node == "base" else f"{RUN}/{node}/checkpoint"
+    return settings.model.checkpoint if model_of(node) == "base" else f"{RUN}/{node}/checkpoint"
+
+
+def model_of(node):
+    """Return the checkpoint that draws and judges in a node's folder: in a control of replay, that is the base model."""
+    return REPLAYS[node].model if node in REPLAYS else node
 
 
 def parent_checkpoint(wildcards):
@@ -65,7 +71,7 @@ def images_per_prompt(wildcards):
     if wildcards.set in BENCHMARKS:
         return settings.benchmarks[wildcards.set].images_per_prompt
     if wildcards.set == "replay":
-        return settings.arms[NODES[wildcards.node].arm].candidates or settings.generate.candidates
+        return settings.arms[REPLAYS[wildcards.node].node.arm].candidates or settings.generate.candidates
     return settings.generate.candidates
 
 
@@ -134,13 +140,18 @@ def selecting(arm):
     return f"verdicts/{oracle}" if oracle else "scores"
 
 
-def selection_settings(arm):
+def oracle_verdicts(arm):
+    """Return the verdicts that select an arm's data, or nothing if the truth does not select."""
+    return shard_files("base", selecting(arm), "train") if settings.arm_pairs(arm).oracle else []
+
+
+def selection_settings(arm, stage="stages.pairs"):
     """Return exactly the settings that an arm's selection reads."""
     chosen = settings.arms[arm]
     return {
         "objective": chosen.objective,
         "candidates": chosen.candidates,
-        "pairs": read_by("stages.pairs", settings.arm_pairs(arm)),
+        "pairs": read_by(stage, settings.arm_pairs(arm)),
         "seed": settings.seed,
     }
 
@@ -154,24 +165,33 @@ def selection_folder(arm):
 
 
 def pool_before(wildcards):
-    """Return the discard manifest before a node's replay: that of its previous replay, or that of the selection."""
-    node = NODES[wildcards.node]
-    if node.replays:
-        return f"{RUN}/{node.replays[-1]}/replay/waiting.parquet"
-    return f"{selection_folder(node.arm)}/discard.parquet"
+    """Return the discard manifest before a replay: that of the arm's previous replay, or that of the selection."""
+    replay = REPLAYS[wildcards.node]
+    if replay.before:
+        return f"{RUN}/{replay.before[-1]}/replay/waiting.parquet"
+    return f"{selection_folder(replay.node.arm)}/discard.parquet"
+
+
+def selected_before(wildcards):
+    """Return the pairs of an arm before a replay in which nothing is drawn."""
+    replay = REPLAYS[wildcards.node]
+    return [
+        f"{selection_folder(replay.node.arm)}/pairs.parquet",
+        *(f"{RUN}/{name}/replay/pairs.parquet" for name in replay.before),
+    ]
 
 
 def replay_scores(wildcards):
-    return shard_files(wildcards.node, selecting(NODES[wildcards.node].arm), "replay")
+    return shard_files(wildcards.node, selecting(REPLAYS[wildcards.node].node.arm), "replay")
 
 
-def replay_nodes():
-    """Return every node whose replay adds to an arm's training data."""
-    return list(dict.fromkeys(replay for arm in settings.arms for replay in NODES[arm].replays))
+def drawn_replays():
+    """Return the names of all replays in which something is drawn."""
+    return [replay.name for replay in REPLAYS.values() if replay.model]
 
 
 def waiting_pools():
-    return [f"{RUN}/{replay}/replay/waiting.parquet" for replay in replay_nodes()]
+    return [f"{RUN}/{replay}/replay/waiting.parquet" for replay in drawn_replays()]
 
 
 # Training
@@ -200,13 +220,15 @@ def replayed_pairs(wildcards):
 
 
 def replay_arguments(wildcards):
-    epochs = [NODES[replay].epoch for replay in NODES[wildcards.node].replays]
+    epochs = [REPLAYS[replay].node.epoch for replay in NODES[wildcards.node].replays]
     return [f"--replayed {epoch} {path}" for epoch, path in zip(epochs, replayed_pairs(wildcards))]
 
 
 def training_candidates(wildcards):
-    replayed = [path for replay in NODES[wildcards.node].replays for path in shard_files(replay, "candidates", "replay")]
-    return shard_files("base", "candidates", "train") + replayed
+    replays = [replay for replay in NODES[wildcards.node].replays if REPLAYS[replay].model]
+    return shard_files("base", "candidates", "train") + [
+        p for name in replays for p in shard_files(name, "candidates", "replay")
+    ]
 
 
 def anchor_scores(wildcards):
@@ -216,10 +238,10 @@ def anchor_scores(wildcards):
 
 
 def reference_candidates(wildcards):
-    """Return the candidates of the pairs. The wildcard owner is an arm, or <node>/replay."""
+    """Return the candidates of the pairs. The wildcard owner is an arm, or <replay>/replay."""
     owner = Path(wildcards.owner)
-    replayed = owner.name == "replay"
-    return shard_files(str(owner.parent), "candidates", "replay") if replayed else shard_files("base", "candidates", "train")
+    redrawn = owner.name == "replay" and REPLAYS[str(owner.parent)].model
+    return shard_files(str(owner.parent), "candidates", "replay") if redrawn else shard_files("base", "candidates", "train")
 
 
 def reference_epochs(wildcards):
@@ -227,7 +249,7 @@ def reference_epochs(wildcards):
     if FAMILY.likelihood == "exact":
         return 1
     owner = Path(wildcards.owner)
-    arm = NODES[str(owner.parent)].arm if owner.name == "replay" else wildcards.owner
+    arm = REPLAYS[str(owner.parent)].node.arm if owner.name == "replay" else wildcards.owner
     owned = [
         name for name in settings.arms if arm_tree.selection_owner(settings, name) == arm_tree.selection_owner(settings, arm)
     ]

@@ -1,5 +1,7 @@
 """Curriculum replay: the checkpoint of a replay epoch draws and judges the prompts of the discard pool again.
 
+In a control the untrained model does that, in the folder <node>-by-base.
+
 pool -> candidates and scores (made by the rules generate and score) -> recovered pairs -> remaining pool
 """
 
@@ -37,6 +39,8 @@ rule replay_pairs:
         discard=f"{RUN}/{{node}}/replay/discard.parquet",
     log:
         f"{RUN}/logs/replay/{{node}}.pairs.log",
+    wildcard_constraints:
+        node=pattern(drawn_replays()),
     conda:
         "../../envs/light.yaml"
     resources:
@@ -44,8 +48,8 @@ rule replay_pairs:
     params:
         code=code("stages.pairs"),
         config=CONFIG,
-        arm=lambda wildcards: NODES[wildcards.node].arm,
-        selection=lambda wildcards: selection_settings(NODES[wildcards.node].arm),
+        arm=lambda wildcards: REPLAYS[wildcards.node].node.arm,
+        selection=lambda wildcards: selection_settings(REPLAYS[wildcards.node].node.arm),
     message:
         "Recovered prompts at {wildcards.node}"
     shell:
