@@ -81,7 +81,7 @@ def test_splits_share_no_meaning_in_any_wording():
 
 
 def test_the_test_split_was_pretraining_in_earlier_versions():
-    # Until version 0.2, hashes below 154 were the pretraining split, and benchmarks measured hashes from 205 on.
+    # In version 0.1, hashes below 154 were the pretraining split, and benchmarks measured hashes from 205 on.
     for category in CATEGORIES:
         for meaning in split_meanings(category, "test"):
             assert hashlib.sha256(meaning.canonical().encode()).digest()[0] < 154

@@ -22,7 +22,7 @@ from stages.shapes.scenes import COLOR_NAMES, GRID, SHAPES, TEXTURES, decode_kin
 CATEGORIES = ("color", "shape", "texture", "spatial", "numeracy", "complex")
 SPLITS = ("pretraining", "post-training", "validation", "test")
 # A prompt belongs to the first split whose bound exceeds its hash, a number from 0 to 255. The test split lies within what was
-# the pretraining split until version 0.2, so no earlier version has measured any of its prompts.
+# the pretraining split in version 0.1, so no earlier version has measured any of its prompts.
 BOUNDS = {"test": 52, "pretraining": 161, "post-training": 225, "validation": 256}
 NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four", 5: "five"}
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
