@@ -47,8 +47,9 @@ format: setup
 
 # The default arms and their controls on the test prompts, for several pretrained models and seeds; writes study.csv,
 # study-runs.csv, contrasts.csv and study.png in docs/. Every run has its own seed: 0 and 1 for the first model, 10 and 11 for
-# the second. A run that is finished is only checked, so the command continues where it was stopped.
-MODELS ?= models/tiny-janus results/pretraining/seed-1/model results/pretraining/seed-2/model
+# the second. A run that is finished is only checked, so the command continues where it was stopped. The models are made first:
+# for seed in 0 1 2; do make tiny-model SEED=$seed MODEL=results/pretraining/seed-$seed/model; done
+MODELS ?= $(foreach seed,0 1 2,results/pretraining/seed-$(seed)/model)
 SEEDS ?= 0 1
 study: setup
 	@place=0; started=$$(date +%s); runs=; \
@@ -62,8 +63,8 @@ study: setup
 		--contrasts docs/contrasts.csv --plot docs/study.png && \
 	echo "The study took $$((($$(date +%s) - started) / 60)) minutes."
 
-# Repeats models/tiny-janus from nothing: the image tokenizer, the vision encoder, then the language model. With another seed:
-# make tiny-model SEED=1 MODEL=results/pretraining/seed-1/model
+# Trains a tiny model from nothing: the image tokenizer, the vision encoder, then the language model. It takes the place of
+# models/tiny-janus, unless MODEL names another folder.
 SEED := 0
 MODEL := models/tiny-janus
 PRETRAINING := results/pretraining/seed-$(SEED)

@@ -4,16 +4,15 @@
         --base-answers base/answers.parquet --out metrics.parquet
 
 No model is loaded. The benchmark's kind defines the metrics (stages/understanding/). `overall` is the unweighted mean over the
-categories of a metric. The interval of a share of images in one category is Wilson's, which has a width even where all images
-agree; for other metrics and for `overall`, images are resampled within their categories. The difference from the base model is
-paired: both checkpoints have the same images in each resample.
+categories of a metric. The intervals are those of stages/tools/metrics.py, with images in place of prompts: images are
+resampled within their categories, and both checkpoints have the same images in each resample. Where there are few images, or
+where all agree, the interval is exact; AUC and F1 are then treated as shares of the images from which they are computed.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from stages.understanding import understanding_kind
 from stages.understanding.base import Answer, Measure, UnderstandingKind
 
 Row = dict[str, Any]
-QUANTILE = 1.959964  # 97.5 % quantile of the normal distribution
 
 
 def read_answers(path: Path) -> list[Answer]:
@@ -45,13 +43,6 @@ def require_equal_questions(answers: Sequence[Answer], base: Sequence[Answer], p
             f"--base-answers {path}: {len(different)} questions are not those of --answers, for example "
             f"{min(name for name, *_ in different)}; ask both checkpoints with the same settings"
         )
-
-
-def wilson(share: float, count: float) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share of `count` independent images, from 0 to 1."""
-    weight = QUANTILE**2 / count
-    middle, half = share + weight / 2, sqrt(weight * share * (1 - share) + weight**2 / 4)
-    return max((middle - half) / (1 + weight), 0.0), min((middle + half) / (1 + weight), 1.0)
 
 
 def by_metric(measures: Sequence[Measure]) -> dict[str, list[Measure]]:
@@ -78,26 +69,11 @@ def metric_rows(kind: UnderstandingKind, answers: Sequence[Answer], base: Sequen
         groups = {measure.category: [place] for measure, place in zip(measures, places, strict=True)}
         for category, members in (groups | {"overall": places}).items():
             seed = metrics.resampling_seed("understanding", name, category)
-            row: Row = dict(metrics.summarise(name, counts, base_counts, members, rounds, seed))
-            share = measures[0].share and category != "overall"
-            row |= interval(row, share=share)
-            if row["delta_ci_low"] == row["delta_ci_high"]:  # no answer differs, which does not make the difference certain
-                row |= {"delta_ci_low": None, "delta_ci_high": None}
-            rows.append({"category": category, "metric": name, "judge": None, **row})
+            found = metrics.summarise(name, counts, base_counts, members, rounds, seed)
+            if found["ci_low"] is not None and found["ci_high"] is not None:  # resampled areas can leave the range
+                found |= {"ci_low": max(found["ci_low"], 0.0), "ci_high": min(found["ci_high"], 100.0)}
+            rows.append({"category": category, "metric": name, "judge": None, **found})
     return rows
-
-
-def interval(row: Row, share: bool) -> Row:
-    """Return the interval of a value, in percent: Wilson's for a share, otherwise the resampled one.
-
-    There is none where all resamples are equal, because that does not make the value certain.
-    """
-    if share and row["denominator"]:
-        low, high = wilson(row["value"] / 100, row["denominator"])
-        return {"ci_low": 100 * low, "ci_high": 100 * high}
-    if row["ci_low"] is None or row["ci_low"] == row["ci_high"]:
-        return {"ci_low": None, "ci_high": None}
-    return {"ci_low": max(row["ci_low"], 0.0), "ci_high": min(row["ci_high"], 100.0)}
 
 
 def main() -> None:

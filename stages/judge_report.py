@@ -1,9 +1,9 @@
 """Report how well a model's own judge agrees with the external judge, and where the accept threshold cuts.
 
-    python -m stages.judge_report --config config.yaml --prompts held-out prompts/held-out.parquet \\
-        --scores held-out base base/scores/held-out/*.parquet \\
-        --verdicts held-out base base/verdicts/shapes/held-out/*.parquet \\
-        --scores held-out sft ... --verdicts held-out sft ... --out judge_report.parquet --plot judge_report.png
+    python -m stages.judge_report --config config.yaml --prompts validation prompts/validation.parquet \\
+        --scores validation base base/scores/validation/*.parquet \\
+        --verdicts validation base base/verdicts/shapes/validation/*.parquet \\
+        --scores validation sft ... --verdicts validation sft ... --out judge_report.parquet --plot judge_report.png
 
 --scores and --verdicts are given once for each set of images and each checkpoint: the set (a benchmark's name, or train for
 the candidates of the training prompts), the checkpoint (base, or the arm), and the manifests. Without verdicts, only
@@ -58,6 +58,7 @@ from stages.common.config import Config, load
 from stages.common.errors import UserError, run_stage
 from stages.common.files import whole_file
 from stages.tools import rates
+from stages.tools.intervals import FEW
 from stages.tools.rates import Rate
 
 Row = dict[str, Any]
@@ -67,7 +68,6 @@ BINS, FINE_BINS, ROC_POINTS = 10, 20, 101  # of the calibration, of the histogra
 WINDOW = 0.1  # images whose p_yes differs from a threshold by at most this are near it
 FEW_NEITHER = 0.05  # if neither yes nor no is the most probable answer more often than this, there is a warning
 FEW_NEAR = 0.05  # if at most this share of the images is near, the exact place of the threshold hardly matters
-ENOUGH = 30  # images on either side, which a comparison needs
 WEAK = 0.6  # an AUC that is certainly at most this hardly differs from chance
 
 
@@ -278,7 +278,7 @@ def threshold_finding(images: Images, threshold: float) -> Finding:
 
     few near       at most FEW_NEAR of the images are near. The judge decides clearly, which is good, and the exact threshold
                    hardly matters.
-    too few        more are near, but there are fewer than ENOUGH of them on one side, or no category has some on both.
+    too few        more are near, but there are fewer than FEW of them on one side, or no category has some on both.
     informative    the interval of the difference is above 0: a higher p_yes means more right images. Images are compared
                    within categories, since otherwise categories that differ in both p_yes and difficulty could make a
                    difference that no selection among the candidates of one prompt can use.
@@ -299,7 +299,7 @@ def threshold_finding(images: Images, threshold: float) -> Finding:
         state = "only 0 or 1"
     elif near.mean() <= FEW_NEAR:
         state = "few near"
-    elif min(one.n, other.n) < ENOUGH or gain.low is None:
+    elif min(one.n, other.n) < FEW or gain.low is None:
         state = "too few"
     else:
         state = "informative" if gain.low > 0 else "uninformative"
@@ -350,7 +350,7 @@ def blind_sentence(measured: Sequence[Row]) -> str | None:
     """Return a sentence on the categories and reasons for which p_yes does not tell right from wrong images, or None.
 
     measured: the rows of a set and a checkpoint. A group is named if the interval of its AUC contains 0.5 or ends below
-    WEAK, and if it has at least ENOUGH right and ENOUGH wrong images.
+    WEAK, and if it has at least FEW right and FEW wrong images.
     """
     found = []
     counts = {(line["category"], line.get("reason")): line for line in measured if line["measure"] == "right"}
@@ -358,7 +358,7 @@ def blind_sentence(measured: Sequence[Row]) -> str | None:
         if line["measure"] == "auc" and line["value"] is not None and (line["ci_low"] <= 0.5 or line["ci_high"] <= WEAK):
             counted = counts[line["category"], line.get("reason")]
             right, wrong = int(counted["numerator"]), int(counted["n"] - counted["numerator"])
-            if min(right, wrong) >= ENOUGH:
+            if min(right, wrong) >= FEW:
                 name = "all images together" if line["category"] == OVERALL else line["category"]
                 name = f"errors of {line['reason']}" if line.get("reason") else name
                 interval = f"{line['ci_low']:.2f} to {line['ci_high']:.2f}"
@@ -527,7 +527,7 @@ def draw_calibration(axis: Any, parts: dict[str, list[Row]]) -> None:
             continue
         axis.plot(x, y, "o-", color=INK, markersize=4, label=label)
         for place, line in bins:
-            few = line["n"] < rates.SMALL
+            few = line["n"] < FEW
             style = {"color": QUIET if few else INK, "linewidth": 0.7 if few else 1.3}
             axis.plot([place] * 2, [line["ci_low"], line["ci_high"]], zorder=0 if few else 2, **style)
             note = {"fontsize": NOTE - 1, "color": QUIET, "textcoords": "offset points"}

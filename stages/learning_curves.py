@@ -1,7 +1,8 @@
 """Learning curves: how the metrics of each arm change with its epochs of training, as a CSV file and a plot.
 
-    python -m stages.learning_curves --config config.yaml --metrics base/metrics/held-out.parquet \\
-        sft-epoch3/metrics/held-out.parquet sft/metrics/held-out.parquet --out learning_curves.csv --plot learning_curves.png
+    python -m stages.learning_curves --config config.yaml --metrics base/metrics/validation.parquet \\
+        sft-epoch3/metrics/validation.parquet sft/metrics/validation.parquet \\
+        --out learning_curves.csv --plot learning_curves.png
 
 The metrics are those of the base model (epoch 0), of the arms' checkpoints during training, and of the arms. Arms that share a
 checkpoint share its point. The CSV file has every metric and category. The plot shows Gen., Non. and how often the model agrees
@@ -11,14 +12,13 @@ with the external judge on the base model's images, all overall, with 95 % inter
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 from typing import Any
 
 from stages.common import manifests
 from stages.common.config import load
 from stages.common.errors import UserError, run_stage
-from stages.common.files import whole_file
+from stages.common.files import whole_file, write_csv
 from stages.tools import arms
 
 Row = dict[str, Any]
@@ -53,14 +53,6 @@ def curve_rows(metrics: list[Row], tree: dict[str, arms.Node], names: list[str])
                 point = {"benchmark": benchmark, "arm": arm, "epoch": epoch, "checkpoint": checkpoint}
                 rows += [point | {key: row[key] for key in (*COPIED, *INTERVALS)} for row in found[benchmark, checkpoint]]
     return rows
-
-
-def write_csv(rows: list[Row], out: Path) -> None:
-    """Write the rows, rounded to three decimal places."""
-    with whole_file(out) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows([{k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in rows])
 
 
 def plot(rows: list[Row], out: Path) -> None:
@@ -104,7 +96,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = load(arguments.config)
     rows = curve_rows(manifests.read_rows(arguments.metrics, "metrics"), arms.nodes(config), list(config.arms))
-    write_csv(rows, arguments.out)
+    write_csv(arguments.out, COLUMNS, rows)
     plot(rows, arguments.plot)
     print(f"{len(rows)} points of {len(config.arms)} arms")
 

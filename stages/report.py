@@ -6,13 +6,12 @@ python -m stages.report --metrics base/metrics/validation.parquet sft/metrics/va
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 from typing import Any
 
 from stages.common import manifests
 from stages.common.errors import run_stage
-from stages.common.files import whole_file
+from stages.common.files import write_csv
 
 SHOWN = (("gen", "non", "judge_on_base", "judge_on_own"), ("und_paper", "und_pooled", "false_acceptance", "false_refusal"))
 UNREADABLE = ("own_unreadable", "judge_unreadable", "scorer_unreadable")
@@ -45,15 +44,6 @@ def summary_rows(metrics: list[Row]) -> list[Row]:
         line |= {name: row["value"], f"{name}_n": row["denominator"]}
         line |= {f"{name}_{key}": row[key] for key in INTERVALS}
     return list(table.values())
-
-
-def write_csv(rows: list[Row], out: Path) -> None:
-    """Write the rows with all their columns, rounded to three decimal places."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    with whole_file(out) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows([{k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in rows])
 
 
 def signed(number: float) -> str:
@@ -121,7 +111,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="summary.csv")
     arguments = parser.parse_args()
     rows = summary_rows(manifests.read_rows(arguments.metrics, "metrics"))
-    write_csv(rows, arguments.out)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    write_csv(arguments.out, columns, rows)
     print(show(rows))
     print(f"\n{LEGEND}")
     if any(map(understands, rows)):

@@ -16,30 +16,12 @@ from stages.shapes import oracle
 from stages.shapes.grammar import CATEGORIES, ERRORS, Group, Meaning, meanings, sample_scene
 from stages.shapes.scenes import COLOR_NAMES, SHAPES, TEXTURES, encode_kind
 from stages.tools import rates
+from stages.tools.intervals import exact_interval
 from tests.helpers import SMALL, write_config
 
 BENCHMARK = next(iter(SMALL["benchmarks"]))
 
 # Rates and intervals
-
-
-@pytest.mark.parametrize(
-    ("successes", "n", "expected"),
-    [  # from tables of the beta distribution
-        (0, 10, (0.0, 0.3085)),
-        (10, 10, (0.6915, 1.0)),
-        (3, 10, (0.0667, 0.6525)),
-        (1, 1, (0.025, 1.0)),
-        (15, 29, (0.3253, 0.7055)),
-    ],
-)
-def test_clopper_pearson(successes, n, expected):
-    assert rates.clopper_pearson(successes, n) == pytest.approx(expected, abs=1e-4)
-
-
-def test_wilson():
-    assert rates.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert rates.wilson(0, 100) == pytest.approx((0, 0.0370), abs=1e-4)
 
 
 def test_images_of_one_prompt_count_as_much_as_they_tell():
@@ -151,7 +133,7 @@ def test_rates_of_the_own_verdict_by_hand():
     assert one(rows, "auc", reason="number")["value"] == 1
     assert one(rows, "auc", reason="color")["value"] == pytest.approx(5 / 6)
     assert one(rows, "auc", reason="color")["n"] == 5
-    assert one(rows, "false_refusal")["ci_low"] == pytest.approx(rates.clopper_pearson(1, 3)[0])
+    assert one(rows, "false_refusal")["ci_low"] == pytest.approx(exact_interval(1, 3)[0])
 
 
 def test_calibration_and_histogram_by_hand():

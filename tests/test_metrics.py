@@ -8,7 +8,7 @@ from stages.common import manifests
 from stages.common.errors import UserError
 from stages.judges.base import Verdict
 from stages.tools import metrics
-from stages.tools.intervals import exact_interval, t_quantile
+from stages.tools.intervals import exact_interval, t_quantile, wilson
 from stages.tools.metrics import Images, Judges
 
 PROMPTS = [{"prompt_id": "p", "category": "color"}, {"prompt_id": "q", "category": "shape"}]
@@ -178,6 +178,13 @@ def test_the_exact_interval_is_that_of_clopper_and_pearson(successes, trials, lo
     assert exact_interval(successes, trials) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
 
 
+def test_wilsons_interval():
+    assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert wilson(0.8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson(1.0, 20) == pytest.approx((0.8389, 1.0), abs=1e-4)
+    assert wilson(0.0, 20)[0] == 0
+
+
 def test_quantiles_of_student_are_those_of_the_tables():
     tables = {1: 12.7062, 2: 4.3027, 2.5: 3.5747, 4: 2.7764, 30: 2.0423, 1e6: 1.9600}
     assert {f: t_quantile(0.975, f) for f in tables} == pytest.approx(tables, abs=1e-4)
@@ -345,7 +352,6 @@ def test_evaluate_tells_the_judges_of_all_manifests_apart(evaluated, tmp_path):
     assert [(row["benchmark"], row["category"]) for row in table] == [
         (benchmark, category) for benchmark in ("judged", "unjudged") for category in ("color", "shape", "overall")
     ]
-    report.write_csv(table, tmp_path / "summary.csv")
     shown = report.show(table).split("\n")
     assert shown[0] == "judged (judge shapes, gen by shapes, people)"
     assert shown[1].split() == ["gen", "non", "judge_on_base", "judge_on_own"]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -89,3 +91,13 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a table with these columns. Numbers are rounded to three decimal places, and what a row lacks is left empty."""
+    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for row in rows:
+            known = {column: row.get(column) for column in columns}
+            writer.writerow({k: round(v, 3) if isinstance(v, float) else v for k, v in known.items()})

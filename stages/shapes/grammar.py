@@ -103,7 +103,7 @@ def parse_prompt(text: str) -> Meaning:
     prompt = " ".join(text.lower().split())
     relation = next((name for name in RELATIONS if f" {name} " in prompt), None)
     groups = tuple(_parse_phrase(phrase) for phrase in prompt.split(f" {relation or 'and'} "))
-    meaning = Meaning(_category(groups, relation), groups, relation)
+    meaning = Meaning(category_of(groups, relation), groups, relation)
     if meaning.prompt() != prompt or (relation and len(groups) != 2):
         raise ValueError(f"not in the wording of the grammar: {text!r}")
     return meaning
@@ -120,7 +120,7 @@ def _parse_phrase(phrase: str) -> Group:
     return Group(count, shape, color, texture)
 
 
-def _category(groups: tuple[Group, ...], relation: str | None) -> str:
+def category_of(groups: tuple[Group, ...], relation: str | None) -> str:
     """Return the category of the meanings with such groups."""
     if relation:
         return "complex" if any(group.texture for group in groups) else "spatial"

@@ -20,6 +20,7 @@ from stages.shapes.grammar import CATEGORIES, ERRORS, SPLITS, Meaning
 from stages.shapes.sampling import minimal_pairs, sample_meaning
 from stages.shapes.scenes import render
 from stages.shapes.tiny_janus import QUESTION
+from stages.tools.rates import placements
 
 
 def measure(family: Janus, split: str, prompts: int, seed: int, guidance_scale: float = 1.0) -> dict[str, float]:
@@ -55,11 +56,9 @@ def measure(family: Janus, split: str, prompts: int, seed: int, guidance_scale: 
     for kind in ERRORS:
         pairs = minimal_pairs(rng, split, kind, prompts // len(CATEGORIES))
         scenes = render(np.stack([pair.grid for _, pair in pairs]))
-        right, wrong = (
-            ask(family, scenes, [right for right, _ in pairs]),
-            ask(family, scenes, [pair.meaning for _, pair in pairs]),
-        )
-        figures["auc " + kind] = float((right[:, None] > wrong).mean() + 0.5 * (right[:, None] == wrong).mean())
+        right = ask(family, scenes, [right for right, _ in pairs])
+        wrong = ask(family, scenes, [pair.meaning for _, pair in pairs])
+        figures["auc " + kind] = float(placements(right, wrong)[0].mean())
     return figures
 
 

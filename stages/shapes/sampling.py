@@ -12,10 +12,10 @@ from stages.shapes.grammar import (
     CATEGORIES,
     ERRORS,
     INVERSE,
-    NUMBERS,
     RELATIONS,
     Group,
     Meaning,
+    category_of,
     changed,
     changes,
     perturb_scene,
@@ -97,8 +97,6 @@ def describe(grid: np.ndarray, split: str, rng: np.random.Generator) -> Meaning 
             sorts.setdefault(int(place) if apart else objects[place][0], []).append(objects[place])
         groups = []
         for alike in sorts.values():
-            if len(alike) > max(NUMBERS):
-                break
             shape, color, texture = alike[0]
             colored = rng.random() < 0.5 and all(other[1] == color for other in alike)
             textured = rng.random() < 0.4 and all(other[2] == texture for other in alike)
@@ -110,10 +108,9 @@ def describe(grid: np.ndarray, split: str, rng: np.random.Generator) -> Meaning 
         relation = None
         if len(groups) == 2 and apart and rng.random() < 0.8:
             relation = RELATIONS[rng.integers(len(RELATIONS))]
-        for category in CATEGORIES:
-            meaning = Meaning(category, tuple(groups), relation)
-            if meaning in _members(category, split) and oracle.matches(meaning, grid):
-                return meaning
+        meaning = Meaning(category_of(tuple(groups), relation), tuple(groups), relation)
+        if meaning in _members(meaning.category, split) and oracle.matches(meaning, grid):
+            return meaning
     return None
 
 
@@ -140,9 +137,10 @@ def sample_place(grid: np.ndarray, rng: np.random.Generator) -> tuple[str, str] 
 def sample_questions(rng: np.random.Generator, split: str, count: int, simple: float = 0.0) -> list[Judged]:
     """Return `count` questions about one scene, with the oracle's answers.
 
-    The scene shows a random meaning of the split, and in half of the cases one or two random slips, as of a painter. The first
-    question asks for that meaning, a third of them for other true descriptions. Most of the others change one thing in a
-    meaning or description, every kind of change in turn, and one in eight asks for another meaning of the category.
+    The scene shows a random meaning of the split, in half of the cases with one or two random errors like those of a model that
+    draws. The first question asks for that meaning, and a third of all questions ask for other true descriptions. Of the rest,
+    seven in eight change one thing in one of these meanings, as often as HARDNESS says and half of the relations to their
+    opposite, and one in eight asks for another meaning of the category.
     """
     meaning = sample_meaning(rng, split, simple)
     grid = sample_scene(meaning, rng)

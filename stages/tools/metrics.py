@@ -50,11 +50,10 @@ from stages.common import manifests
 from stages.common.errors import UserError
 from stages.common.seeds import hash_seed
 from stages.judges.base import Verdict
-from stages.tools.intervals import exact_interval
+from stages.tools.intervals import FEW, exact_interval
 
 Counts = np.ndarray  # float64 [2, runs, prompts]: numerator and denominator by run and prompt
 DRAW = 50.0  # win rate when as many verdicts change for the better as for the worse
-FEW = 30  # with fewer images than this in a category, intervals are exact instead of resampled
 AGAINST_BASE = ("und", "und_paper", "und_pooled")  # these already compare with base, so their difference is from a draw
 OWN_ONLY = ("non", "own_unreadable", "neither")  # these need no external judge
 BY_SCORER = ("gen", "scorer_unreadable")

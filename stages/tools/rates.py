@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 
-Z = 1.959964  # the normal distribution's 97.5 % quantile
-SMALL = 30  # below this count, the exact interval of Clopper and Pearson replaces the approximations
+from stages.tools.intervals import FEW, Z, exact_interval, wilson
 
 
 @dataclass(frozen=True)
@@ -33,50 +31,17 @@ class Rate:
 def share(hits: np.ndarray, prompts: np.ndarray) -> Rate:
     """Return the share of true values in `hits`, bool `[n]`.
 
-    Below SMALL images the interval is Clopper and Pearson's. Otherwise it is Wilson's, for the effective number of images: the
+    Below FEW images the interval is Clopper and Pearson's. Otherwise it is Wilson's, for the effective number of images: the
     number of independent images that would make the share as certain as these do (see `effective_count`).
     """
     n, numerator = len(hits), int(hits.sum())
     if not n:
         return Rate(None, 0, 0)
-    if n < SMALL:
-        low, high = clopper_pearson(numerator, n)
+    if n < FEW:
+        low, high = exact_interval(numerator, n)
     else:
         low, high = wilson(numerator / n, effective_count(hits, prompts))
     return Rate(numerator / n, n, numerator, low, high)
-
-
-@cache
-def clopper_pearson(successes: int, n: int) -> tuple[float, float]:
-    """Return the exact 95 % interval of a share: the shares for which neither tail of the binomial is below 2.5 %."""
-
-    def at_least(count: int, p: float) -> float:
-        return sum(
-            math.exp(
-                math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(p) + (n - i) * math.log1p(-p)
-            )
-            for i in range(count, n + 1)
-        )
-
-    def rising_to(count: int, tail: float) -> float:
-        """Return the p for which at least `count` successes have the probability `tail`, by bisection."""
-        low, high = 0.0, 1.0
-        for _ in range(50):
-            middle = (low + high) / 2
-            low, high = (middle, high) if at_least(count, middle) < tail else (low, middle)
-        return (low + high) / 2
-
-    return (
-        rising_to(successes, 0.025) if successes else 0.0,
-        rising_to(successes + 1, 0.975) if successes < n else 1.0,
-    )
-
-
-def wilson(value: float, n: float) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share of n images, where n need not be an integer."""
-    center = value + Z**2 / (2 * n)
-    half = Z * math.sqrt(value * (1 - value) / n + Z**2 / (4 * n**2))
-    return max(0.0, (center - half) / (1 + Z**2 / n)), min(1.0, (center + half) / (1 + Z**2 / n))
 
 
 def effective_count(hits: np.ndarray, prompts: np.ndarray) -> float:
@@ -137,7 +102,7 @@ def auc(values: np.ndarray, right: np.ndarray, prompts: np.ndarray, strata: np.n
     right: bool `[n]`. strata: a wrong image is compared with the right images of its stratum, and wrong images weigh the same.
     Strata without a right or without a wrong image are left out.
 
-    The interval has the variance of prompts as clusters (Obuchowski). If the smaller side has fewer than SMALL images, or if
+    The interval has the variance of prompts as clusters (Obuchowski). If the smaller side has fewer than FEW images, or if
     there is no variation, it is Clopper and Pearson's for as many disjoint pairs of a right and a wrong image as there are.
     """
     influence, used = np.zeros(len(values)), np.zeros(len(values), bool)
@@ -160,9 +125,9 @@ def auc(values: np.ndarray, right: np.ndarray, prompts: np.ndarray, strata: np.n
     n = int(used.sum())
     variance = clustered_variance(influence[used], prompts[used])
     pairs = min(n_wrong, n - n_wrong)
-    if pairs < SMALL or variance < 1e-12:
+    if pairs < FEW or variance < 1e-12:
         concordant = round(value * pairs, 6)
-        low, high = clopper_pearson(math.floor(concordant), pairs)[0], clopper_pearson(math.ceil(concordant), pairs)[1]
+        low, high = exact_interval(math.floor(concordant), pairs)[0], exact_interval(math.ceil(concordant), pairs)[1]
     else:
         half = Z * math.sqrt(variance)
         low, high = max(0.0, value - half), min(1.0, value + half)

@@ -30,7 +30,6 @@ too much. Then the exact interval of stages/tools/metrics.py stands there, which
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +40,10 @@ import numpy as np
 from stages.common import manifests
 from stages.common.config import Config, load
 from stages.common.errors import UserError, run_stage
-from stages.common.files import whole_file
+from stages.common.files import whole_file, write_csv
 from stages.tools import metrics
 from stages.tools.arms import nodes, replays, selection_owner
-from stages.tools.intervals import t_quantile
+from stages.tools.intervals import FEW, t_quantile
 
 Row = dict[str, Any]
 Groups = list[np.ndarray]
@@ -147,7 +146,7 @@ def by_prompt(metric: str, counts: metrics.Counts, groups: Groups) -> np.ndarray
     values = np.zeros(counts.shape[1:])
     for group in metrics.groups_for(metric, groups):
         numerator, denominator = counts[:, :, group]
-        if denominator.sum() < metrics.FEW:
+        if denominator.sum() < FEW:
             return None
         rate = numerator.sum() / denominator.sum()
         values[:, group] = 100 * (rate + (numerator - rate * denominator) / denominator.mean())
@@ -359,15 +358,6 @@ def data_rows(runs: list[Run], config: Config) -> tuple[list[Row], list[Row], li
 # Writing and showing
 
 
-def write_table(path: Path, columns: tuple[str, ...], rows: list[Row]) -> None:
-    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        for row in rows:
-            known = {column: row.get(column) for column in columns}
-            writer.writerow({k: round(v, 3) if isinstance(v, float) else v for k, v in known.items()})
-
-
 def draw_interval(axis: Any, place: int, value: float | None, low: float | None, high: float | None) -> None:
     """Draw a value with its interval; the point is filled if the interval excludes zero, and missing without an interval."""
     if value is None or low is None or high is None or low == high:
@@ -464,11 +454,11 @@ def main() -> None:
     runs, config = open_runs(arguments.runs)
     parts = [benchmark_rows(runs, config, benchmark) for benchmark in config.benchmarks] + [data_rows(runs, config)]
     together, each, contrasts = ([row for part in parts for row in part[place]] for place in range(3))
-    write_table(arguments.out, COLUMNS, together)
+    write_csv(arguments.out, COLUMNS, together)
     if arguments.by_run:
-        write_table(arguments.by_run, RUN_COLUMNS, each)
+        write_csv(arguments.by_run, RUN_COLUMNS, each)
     if arguments.contrasts:
-        write_table(arguments.contrasts, CONTRAST_COLUMNS, contrasts)
+        write_csv(arguments.contrasts, CONTRAST_COLUMNS, contrasts)
     if arguments.plot:
         plot(together, contrasts, list(config.benchmarks), list(config.arms), arguments.plot)
     for rows, show in ((together, line), (contrasts, claim_line)):

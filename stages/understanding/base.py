@@ -79,15 +79,12 @@ class Measure:
 
     numerators, denominators: float64 `[images]`, in an order that is the same for every checkpoint. An image that does not
         count has 0 in both.
-    share: whether the metric is a share of images, so that Wilson's interval applies. Other metrics have an interval from
-        resampled images.
     """
 
     metric: str
     category: str
     numerators: np.ndarray
     denominators: np.ndarray
-    share: bool = True
 
 
 def mean_scores(answers: Sequence[Answer]) -> list[Measure]:
@@ -104,18 +101,14 @@ def mean_scores(answers: Sequence[Answer]) -> list[Measure]:
     return measures
 
 
-def by_image(
-    metric: str, category: str, images: Sequence[str], numerators: np.ndarray, denominators: np.ndarray, share: bool = True
-) -> Measure:
+def by_image(metric: str, category: str, images: Sequence[str], numerators: np.ndarray, denominators: np.ndarray) -> Measure:
     """Return a metric in a category from the numerator and the denominator of each answer, `[answers]`.
 
     images: the image of each answer. Those of one image are averaged, so that an image counts once however often it is asked
     about.
     """
     _, places, counts = np.unique(np.array(images), return_inverse=True, return_counts=True)
-    return Measure(
-        metric, category, np.bincount(places, numerators) / counts, np.bincount(places, denominators) / counts, share
-    )
+    return Measure(metric, category, np.bincount(places, numerators) / counts, np.bincount(places, denominators) / counts)
 
 
 @dataclass(frozen=True)

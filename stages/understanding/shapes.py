@@ -220,7 +220,7 @@ def pair_measures(kind: str, answers: Sequence[Answer]) -> list[Measure]:
         *(np.array([side[image] for image, use in zip(yes, known, strict=True) if use], float) for side in (yes, no))
     )
     return [
-        by_image("pair_auc", kind, list(yes), values, known.astype(float), share=False),
+        by_image("pair_auc", kind, list(yes), values, known.astype(float)),
         by_image("pair_accuracy", kind, images, right, readable),
     ]
 
@@ -232,10 +232,12 @@ def concordance(right: np.ndarray, wrong: np.ndarray) -> np.ndarray:
     with every wrong one, not only those of one pair. A pair's value is the area plus the pair's influence on it, as in DeLong's
     method, so means of resampled pairs vary as the area itself does.
     """
+    from stages.tools.rates import placements
+
     if not len(right):
         return np.zeros(0)
-    higher = (right[:, None] > wrong) + 0.5 * (right[:, None] == wrong)
-    return higher.mean(1) + higher.mean(0) - higher.mean()
+    beaten, lost = placements(right, wrong)
+    return beaten + lost - beaten.mean()
 
 
 def yes_no_measures(half: str, name: str, answers: Sequence[Answer]) -> list[Measure]:
@@ -247,7 +249,7 @@ def yes_no_measures(half: str, name: str, answers: Sequence[Answer]) -> list[Mea
         by_image(f"{half}_accuracy", name, images, right, readable),
         by_image(f"{half}_precision", name, images, true_yes, yes),
         by_image(f"{half}_recall", name, images, true_yes, expected),
-        by_image(f"{half}_f1", name, images, 2 * true_yes, yes + expected, share=False),
+        by_image(f"{half}_f1", name, images, 2 * true_yes, yes + expected),
         by_image(f"{half}_yes_ratio", name, images, yes, readable),
     ]
 
