@@ -106,8 +106,8 @@ EDITS: dict[str, tuple[str, str, str, set[str]]] = {
     ),
     "the oracle": ("stages/shapes/oracle.py", "TOLERANCE = 0.03", "TOLERANCE = 0.02", AFTER_JUDGE),
     "a metric": (METRICS, "return image.scorer.grade if", "return 1 * image.scorer.grade if", {"evaluate", "summary"}),
-    "an interval of the judge report": ("stages/tools/rates.py", "Z = 1.959964", "Z = 1.644854", {"judge_report"}),
-    "the table": ("stages/report.py", "round(v, 3)", "round(v, 4)", {"summary"}),
+    "an interval of the judge report": ("stages/tools/intervals.py", "inv_cdf(0.975)", "inv_cdf(0.95)", {"judge_report"}),
+    "the table": ("stages/common/files.py", "round(v, 3)", "round(v, 4)", {"summary"}),
     "the replayed pool": (
         "stages/replay.py",
         'WAITS = "no_accepted"',
