@@ -73,7 +73,7 @@ class Inputs:
 
     def identity(self) -> tuple[object, ...]:
         """Return everything that the saves depend on, besides the schedule."""
-        judged = [(judgement.candidate["candidate_id"], judgement.p_yes) for judgement in self.judgements]
+        judged = [(judgement.candidate["candidate_id"], judgement.target) for judgement in self.judgements]
         common = (self.arm.objective, self.outcome(), self.config.seed, self.weights, self.modules)
         return (*common, judged) if judged else common
 
@@ -99,7 +99,7 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
     if missing := {row["prompt_id"] for row in schedule} - prompts.keys():
         raise UserError(f"{arguments.prompts}: prompt_id {min(missing)} of the schedule is not there; give its prompt manifest")
     anchored = settings.judge_anchor_weight > 0
-    judgements = read_judgements(arguments.scores, arguments.candidates, config.seed) if anchored else []
+    judgements = read_judgements(arguments.scores, arguments.candidates, settings, config.seed) if anchored else []
     modules = code("stages.train", mentioned=[entry("FAMILIES", family)])
     return Inputs(config, arm, settings, schedule, weights, candidates, prompts, judgements, modules)
 
@@ -132,7 +132,9 @@ def put_in_place(folder: Path, out: Path, last: str) -> None:
 def metrics_rows(history: list[dict[str, Any]], settings: Train) -> list[Row]:
     """Return the trainer's log as (step, metric, value) rows, without the token counter, which restarts with each process."""
     for logged in history:  # SFT's loss is the NLL and the anchor; DPO logs its NLL
-        logged.setdefault("nll", logged["loss"] - settings.judge_anchor_weight * logged.get("judge_anchor", 0.0))
+        images = logged["loss"] - settings.judge_anchor_weight * logged.get("judge_anchor", 0.0)
+        if settings.image_weight:
+            logged.setdefault("nll", images / settings.image_weight)
     return [
         {"step": int(logged["step"]), "metric": name, "value": float(value)}
         for logged in history
@@ -207,7 +209,15 @@ def train(arguments: argparse.Namespace, inputs: Inputs, start: Path | None) -> 
     if rank() == 0:
         discard(arguments.work, work, *([start.parent] if start else []))
     held = claim(work / "writer") if rank() == 0 else lambda: None
-    material = Material(inputs.schedule, inputs.prompts, inputs.candidates, inputs.dpo, len(inputs.judgements), config.seed)
+    material = Material(
+        schedule=inputs.schedule,
+        prompts=inputs.prompts,
+        candidates=inputs.candidates,
+        dpo=inputs.dpo,
+        anchors=len(inputs.judgements),
+        prompt_dropout=0.0 if inputs.dpo else settings.prompt_dropout,
+        seed=config.seed,
+    )
     some = material.texts(range(min(len(inputs.schedule), 256)))
     row_flops = sum(map(view.flops, some)) / len(some) * (2 if inputs.dpo else 1)
     anchor = None

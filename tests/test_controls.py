@@ -19,6 +19,8 @@ CONTROLS = {
     "dpo-truth": {"objective": "dpo", "epochs": 1, "pairs": {"matched": True, "filter": "oracle", "oracle": "shapes"}},
     "c-sft-base": {"objective": "sft", "epochs": 2, "replay_epochs": [1], "replay_by": "base"},
     "c-sft-more": {"objective": "sft", "epochs": 2, "replay_epochs": [1], "replay_by": "nobody"},
+    "c-sft-drawing": {"objective": "sft", "epochs": 2, "replay_epochs": [1], "replay_by": "drawing"},
+    "c-sft-judging": {"objective": "sft", "epochs": 2, "replay_epochs": [1], "replay_by": "judging"},
 }
 
 
@@ -154,8 +156,13 @@ def test_controls_share_what_does_not_differ_and_change_no_other_arm():
     assert selection_owner(config, "sft-nobody") == "sft-nobody"
     assert config.counterpart("sft-truth") == "sft"
     assert tree["c-sft-base"].parent == tree["c-sft-more"].parent == "sft-epoch1"
-    assert list(found) == ["sft-epoch1", "sft-epoch1-by-base", "sft-epoch1-by-nobody"]
-    assert [replay.model for replay in found.values()] == ["sft-epoch1", "base", None]
+    assert {name.removeprefix("sft-epoch1"): (replay.draws, replay.judges) for name, replay in found.items()} == {
+        "": ("sft-epoch1", "sft-epoch1"),
+        "-by-base": ("base", "base"),
+        "-by-nobody": (None, None),
+        "-by-drawing": ("sft-epoch1", "base"),
+        "-by-judging": ("base", "sft-epoch1"),
+    }
     assert found["sft-epoch1-by-nobody"].like == "sft-epoch1"
 
 
@@ -196,7 +203,7 @@ def read(results: Path, name: str, kind: str) -> list[dict]:
 def test_controls_have_the_rows_of_what_they_control(controlled):
     source, folder, _ = controlled
     arms = ("sft-nobody", "sft-truth", "dpo-nobody", "dpo-truth")
-    replayed = ("sft-epoch1-by-base", "sft-epoch1-by-nobody")
+    replayed = [f"sft-epoch1-by-{who}" for who in ("base", "nobody", "drawing", "judging")]
     wanted = [f"results/small/{name}/pairs.parquet" for name in arms]
     wanted += [f"results/small/{name}/replay/pairs.parquet" for name in replayed]
     completed(folder, "--cores", 1, *wanted, source=source)
@@ -229,6 +236,15 @@ def test_controls_have_the_rows_of_what_they_control(controlled):
     assert {row["checkpoint"] for row in drawn[1]} == {
         row["checkpoint"] for row in read(results, "base/candidates/train/*.parquet", "candidates")
     }
+    # One improved branch: the same images as with both or none, and another judge.
+    for one, images in (("drawing", ""), ("judging", "-by-base")):
+        mine, theirs = (f"sft-epoch1{who}" for who in (f"-by-{one}", images))
+        tokens, scores = (
+            [[row[column] for row in read(results, f"{name}/{kind}/replay/*.parquet", kind)] for name in (mine, theirs)]
+            for kind, column in (("candidates", "tokens"), ("scores", "p_yes"))
+        )
+        assert tokens[0] == tokens[1]
+        assert scores[0] != scores[1]
 
 
 def test_an_edit_of_the_controls_runs_only_them(run):

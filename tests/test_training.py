@@ -15,6 +15,7 @@ from stages.common.config import Train, load, validate
 from stages.families import checkpoint_hash
 from stages.families.base import Pictures
 from stages.families.janus.family import Janus
+from stages.training.rows import Material
 from tests.helpers import SMALL, TINY, losses, prepare, refused, train, trained
 
 
@@ -144,6 +145,36 @@ def test_losses_equal_an_independent_reference(objective, small_inputs, tmp_path
         assert losses(tmp_path)["loss"][0] - weight * losses(tmp_path)["nll"][0] == pytest.approx(math.log(2), abs=1e-5)
 
 
+def test_a_dropped_prompt_becomes_the_unconditional_row_of_the_drawing(small_inputs, tmp_path, tiny):
+    trained(prepare(tmp_path, small_inputs, "sft", 1, prompt_dropout=1.0, micro_batch_size=4), tmp_path)
+    candidates = {row["candidate_id"]: row for row in manifests.read_rows(small_inputs / "candidates.parquet", "candidates")}
+    prompts = {row["prompt_id"]: row["prompt"] for row in manifests.read_rows(small_inputs / "prompts.parquet", "prompts")}
+
+    class Unconditional:
+        def _prompt_ids(self, prompt):
+            return [tiny.tokenizer.bos_token_id, *[tiny.pad] * (len(tiny._prompt_ids(prompt)) - 2), tiny.begin]
+
+    rows = [row for row in manifests.read_rows(tmp_path / "schedule.parquet", "schedule") if row["step"] == 0]
+    with torch.no_grad():
+        expected = [
+            -log_probability(tiny.model, prompts[row["prompt_id"]], tokens, Unconditional()) / len(tokens)
+            for row in rows
+            for tokens in [candidates[row["chosen"]]["tokens"]]
+        ]
+    assert losses(tmp_path)["loss"][0] == pytest.approx(float(sum(expected) / len(rows)), abs=1e-5)
+
+
+def test_as_many_prompts_are_dropped_as_the_settings_say():
+    schedule = [{"chosen": f"{i:024x}", "rejected": None, "epoch": i % 7} for i in range(2000)]
+
+    def dropped(share, seed=0):
+        return Material(schedule, {}, None, False, 0, share, seed).dropped(range(len(schedule)))
+
+    assert np.mean(dropped(0.1)) == pytest.approx(0.1, abs=0.03)
+    assert not any(dropped(0.0))
+    assert dropped(0.1) == dropped(0.1) != dropped(0.1, seed=1)
+
+
 def test_trls_fused_log_probabilities_are_our_own(small_inputs, tiny):
     from trl.trainer.utils import add_fused_lm_head
 
@@ -234,6 +265,17 @@ def test_an_anchored_judge_forgets_less(small_inputs, tmp_path):
     assert drift[1.0] < 0.7 * drift[0.0], drift
     assert "judge_anchor" in losses(tmp_path / "1.0")
     assert "judge_anchor" not in losses(tmp_path / "0.0")
+
+
+def test_judging_data_alone_teach_the_verdicts_and_leave_the_image_loss_alone(small_inputs, tmp_path):
+    """With targets of yes and no, a judge that was undecided becomes certain."""
+    images, questions, before = judged(small_inputs)
+    alone = {"image_weight": 0.0, "judge_anchor_weight": 1.0, "judge_anchor_target": "verdict"}
+    arguments = prepare(tmp_path, small_inputs, "sft", 30, learning_rate=3e-4, save_every_steps=1000, **alone)
+    trained(arguments, tmp_path, "--scores", small_inputs / "scores.parquet")
+    after, _ = Janus.load(tmp_path / "checkpoint").p_yes(images, questions)
+    assert np.abs(after - (before >= 0.5)).mean() < np.abs(before - (before >= 0.5)).mean()
+    assert "nll" not in losses(tmp_path)
 
 
 def test_an_anchor_without_scores_is_refused(small_inputs, tmp_path):

@@ -145,10 +145,24 @@ class Train(Section):
     nll_weight: Annotated[float, Field(ge=0)] = Field(
         default=1.0, description="For DPO: the weight of the chosen image's own loss beside the preference loss."
     )
+    prompt_dropout: Share = Field(
+        default=0.0,
+        description="For SFT: the share of rows that are trained without their prompt, as guidance needs it. The paper does "
+        "not mention any.",
+    )
+    image_weight: Annotated[float, Field(ge=0)] = Field(
+        default=1.0,
+        description="Weight of the loss of the images. With 0 and a judge_anchor_weight, only the judge is trained.",
+    )
     judge_anchor_weight: Annotated[float, Field(ge=0)] = Field(
         default=0.0,
-        description="Weight of a cross-entropy that holds the judge to the base model's own p_yes on its own candidates. 0 "
-        "leaves it out, as in the paper.",
+        description="Weight of a cross-entropy that holds the judge to the base model's own judgements of its own candidates. "
+        "0 leaves it out, as in the paper.",
+    )
+    judge_anchor_target: Literal["p_yes", "verdict"] = Field(
+        default="p_yes",
+        description="What the judge is held to. p_yes is the base model's own probability, which keeps the judge as it is. "
+        "verdict is its yes or no, which trains the judge on its own decisions.",
     )
     fork_epochs: list[Positive] = Field(
         default=[10],
@@ -220,11 +234,12 @@ class Arm(Section):
         default=[],
         description="Epochs after which the model of that moment draws and judges the prompts of the discard pool again.",
     )
-    replay_by: Literal["self", "base", "nobody"] = Field(
+    replay_by: Literal["self", "base", "drawing", "judging", "nobody"] = Field(
         default="self",
-        description="Who draws and judges the discard pool at the replay epochs. self is the model as it is by then. base and "
-        "nobody are controls: with base, the untrained model draws and judges as many candidates; with nobody, nothing is "
-        "drawn, and as many rows as the model's own replay recovers are added from the first candidates.",
+        description="Who draws and judges the discard pool at the replay epochs. self is the model as it is by then. The "
+        "others are controls. With base, the untrained model draws and judges as many candidates. With drawing, the model "
+        "draws and the untrained model judges, and with judging the other way round, so that only one branch has improved. "
+        "With nobody, nothing is drawn, and as many rows as the model's own replay recovers join from the first candidates.",
     )
     candidates: Positive | None = Field(
         default=None, description="Use only the first so many of the N candidates. Empty uses all."
@@ -358,7 +373,7 @@ class Config(Section):
         if "base" in self.arms:
             problems.append("arms: `base` is the name of the untrained model; rename that arm")
         for name, arm in self.arms.items():
-            stem, _, epoch = name.removesuffix("-by-base").removesuffix("-by-nobody").rpartition("-epoch")
+            stem, _, epoch = name.partition("-by-")[0].rpartition("-epoch")
             if stem in self.arms and epoch.isdigit():
                 problems.append(f"arms.{name}: this is the name of {stem}'s checkpoint after {epoch} epochs; rename the arm")
             if arm.candidates and arm.candidates > self.generate.candidates:
@@ -368,6 +383,10 @@ class Config(Section):
             try:
                 settings = Train.model_validate(fields)
                 settings.accumulation()
+                if not settings.image_weight and not settings.judge_anchor_weight:
+                    raise ValueError(
+                        "image_weight and judge_anchor_weight are both 0, so nothing is trained; raise one of them"
+                    )
                 if unknown := [group for group in settings.trainable.split("+") if group not in groups]:
                     known = ", ".join(groups)
                     raise ValueError(f"trainable: {self.model.family} has no parameter group {unknown[0]!r}, but {known}")

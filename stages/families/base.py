@@ -115,10 +115,12 @@ class TokenRows:
 
     tokenizer: a plain tokenizer, TRL's `processing_class`.
     ids: from n prompts and their pictures to n pairs (prompt ids, image ids), in the vocabulary of `TrainingView.model`.
+    unconditional: from prompt ids to those of the row without a prompt, as drawing under guidance uses it.
     """
 
     tokenizer: Any
     ids: Callable[[list[str], Pictures], list[tuple[list[int], list[int]]]]
+    unconditional: Callable[[list[int]], list[int]]
 
 
 @dataclass
@@ -133,7 +135,8 @@ class TrainingView:
     losses: from (model, prompts, pictures, seeds) to `RowLosses`. `model` is `TrainingView.model` as the trainer has wrapped
         it, and the function runs the forward pass through `model(...)`, because distributed wrappers rely on that. seeds,
         int64 `[n]`, determine everything that the family draws for a row. Rows with equal seeds share their draws, so chosen
-        and rejected, policy and reference see the same mask, timestep or noise.
+        and rejected, policy and reference see the same mask, timestep or noise. An empty prompt stands for the row without a
+        prompt, as drawing under guidance uses it.
     """
 
     model: torch.nn.Module

@@ -250,22 +250,31 @@ def changed(meaning: Meaning, kind: str, which: int, rng: np.random.Generator) -
     return replace(meaning, groups=tuple(groups))
 
 
-def perturb_scene(grid: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return the scene with one random object changed, removed, duplicated or moved, like the errors of an image generator."""
+def perturb_scene(grid: np.ndarray, meaning: Meaning, rng: np.random.Generator) -> np.ndarray:
+    """Return a scene of a meaning with one random change, like the errors of an image generator.
+
+    In two of three cases an attribute that the meaning mentions changes: one object gets another value, or two objects exchange
+    theirs. Otherwise an object is removed, duplicated or moved.
+    """
     flat = grid.flatten()
-    full, empty = np.flatnonzero(flat), np.flatnonzero(flat == 0)
-    slip = int(rng.integers(6))
-    place = full[rng.integers(len(full))]
-    if slip < 3:
-        kind = list(decode_kind(flat[place]))
-        sizes = (len(SHAPES), len(COLOR_NAMES), len(TEXTURES))
-        kind[slip] = int(kind[slip] + rng.integers(1, sizes[slip])) % sizes[slip]
-        flat[place] = encode_kind(*kind)
-    elif slip == 3 and len(full) > 1:
-        flat[place] = 0
-    elif slip == 4:
-        flat[empty[rng.integers(len(empty))]] = rng.choice(flat[full])
+    full, empty = rng.permutation(np.flatnonzero(flat)), np.flatnonzero(flat == 0)
+    one, other = full[0], full[-1]
+    slip = int(rng.integers(9))
+    if slip < 6:
+        mentioned = [i for i, name in enumerate(("shape", "color", "texture")) if any(getattr(g, name) for g in meaning.groups)]
+        attribute = mentioned[rng.integers(len(mentioned))]
+        first, second = list(decode_kind(flat[one])), list(decode_kind(flat[other]))
+        if slip < 3 and first[attribute] != second[attribute]:
+            first[attribute], second[attribute] = second[attribute], first[attribute]
+            flat[other] = encode_kind(*second)
+        else:
+            size = (len(SHAPES), len(COLOR_NAMES), len(TEXTURES))[attribute]
+            first[attribute] = int(first[attribute] + rng.integers(1, size)) % size
+        flat[one] = encode_kind(*first)
+    elif slip == 6 and len(full) > 1:
+        flat[one] = 0
     else:
-        flat[empty[rng.integers(len(empty))]] = flat[place]
-        flat[place] = 0
+        flat[empty[rng.integers(len(empty))]] = flat[one]
+        if slip == 8:
+            flat[one] = 0
     return flat.reshape(grid.shape)

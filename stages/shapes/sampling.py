@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from stages.shapes.grammar import (
     CATEGORIES,
     ERRORS,
     INVERSE,
+    NUMBERS,
     RELATIONS,
     Group,
     Meaning,
@@ -25,7 +27,9 @@ from stages.shapes.grammar import (
 from stages.shapes.scenes import COLOR_NAMES, GRID, SHAPES, TEXTURES, decode_kind
 
 # How often questions ask for each kind of error, where it is possible: the harder it is to see, the more often.
-HARDNESS = {"shape": 1, "color": 1, "texture": 1, "number": 2, "relation": 4}
+HARDNESS = {"shape": 1, "color": 2, "texture": 3, "number": 2, "relation": 4}
+# Of which categories scenes are asked about. That each of several objects has its color is learned last.
+ASKED = (*CATEGORIES, "numeracy")
 
 
 @dataclass
@@ -134,18 +138,49 @@ def sample_place(grid: np.ndarray, rng: np.random.Generator) -> tuple[str, str] 
     return group.phrase().split(" ", 1)[1], f"{across} {down}"
 
 
+def sample_count(grid: np.ndarray, rng: np.random.Generator) -> tuple[str, str] | None:
+    """Return a phrase for objects of a scene and how many fit it: "red stars", "two". None if there are more than five.
+
+    Shape, color and texture are those of random objects, so it happens that no object has all of them; the answer is then "no".
+    """
+    shape, color, texture = (decode_kind(value)[i] for i, value in enumerate(rng.choice(grid[grid > 0], 3)))
+    named = rng.random(2) < 0.5
+    group = Group(2, SHAPES[shape], COLOR_NAMES[color] if named[0] else None, TEXTURES[texture] if named[1] else None)
+    count = sum(group.fits(value) for value in grid[grid > 0])
+    return (group.phrase().split(" ", 1)[1], NUMBERS[count] if count else "no") if count <= max(NUMBERS) else None
+
+
+def specified(meaning: Meaning, grid: np.ndarray, rng: np.random.Generator) -> Meaning:
+    """Return the meaning with the color or the texture of one object of the scene, in a group that had left it free.
+
+    Whether it is true depends on which objects have that color or texture: "three red stars" where one star of three is red.
+    The meaning is returned as it is if the result is not in the grammar.
+    """
+    which = int(rng.integers(len(meaning.groups)))
+    attribute = ("color", "texture")[rng.integers(2)]
+    if getattr(meaning.groups[which], attribute):
+        return meaning
+    _, color, texture = decode_kind(rng.choice(grid[grid > 0]))
+    value = COLOR_NAMES[color] if attribute == "color" else TEXTURES[texture]
+    groups = list(meaning.groups)
+    change: dict[str, Any] = {attribute: value}
+    groups[which] = replace(groups[which], **change)
+    other = Meaning(category_of(tuple(groups), meaning.relation), tuple(groups), meaning.relation)
+    return other if other in _members(other.category, other.split()) else meaning
+
+
 def sample_questions(rng: np.random.Generator, split: str, count: int, simple: float = 0.0) -> list[Judged]:
     """Return `count` questions about one scene, with the oracle's answers.
 
-    The scene shows a random meaning of the split, in half of the cases with one or two random errors like those of a model that
-    draws. The first question asks for that meaning, and a third of all questions ask for other true descriptions. Of the rest,
-    seven in eight change one thing in one of these meanings, as often as HARDNESS says and half of the relations to their
-    opposite, and one in eight asks for another meaning of the category.
+    The scene shows a random meaning of the split, in seven of ten cases with one or two random errors like those of a model
+    that draws. The first question asks for that meaning, and a third of all questions ask for other true descriptions. Of the
+    rest, five in eight change one thing in one of these meanings, as often as HARDNESS says and half of the relations to their
+    opposite. Two in eight add a color or a texture (see `specified`), and one in eight asks for another meaning.
     """
-    meaning = sample_meaning(rng, split, simple)
+    meaning = sample_meaning(rng, split, simple, ASKED[rng.integers(len(ASKED))])
     grid = sample_scene(meaning, rng)
-    for _ in range(rng.choice(3, p=(0.5, 0.3, 0.2))):
-        grid = perturb_scene(grid, rng)
+    for _ in range(rng.choice(3, p=(0.3, 0.4, 0.3))):
+        grid = perturb_scene(grid, meaning, rng)
     asked = [Judged(meaning, grid, oracle.matches(meaning, grid))]
     for _ in range(count // 3):
         true = describe(grid, split, rng)
@@ -156,8 +191,11 @@ def sample_questions(rng: np.random.Generator, split: str, count: int, simple: f
     kinds = [kind for kind in ERRORS for _ in range(HARDNESS[kind]) if places[kind]]
     pool = split_meanings(meaning.category, split)
     while len(asked) < count:
-        if rng.random() < 1 / 8:
+        form = rng.integers(8)
+        if form == 0:
             other, kind = pool[rng.integers(len(pool))], ""
+        elif form <= 2:
+            other, kind = specified(known[rng.integers(len(known))], grid, rng), ""
         else:
             kind = kinds[rng.integers(len(kinds))]
             original, which = places[kind][rng.integers(len(places[kind]))]

@@ -35,16 +35,16 @@ class Replay:
     """Data that joins the training after a node's epoch.
 
     name: its folder in the results. It is the node's name or, if the model does not replay itself, `<node>-by-<who>`.
-    node: the checkpoint after whose epoch the data joins. by: who draws and judges the pool, as in `Arm.replay_by`.
-    model: the node that draws and judges, "base", or None if nothing is drawn.
+    node: the checkpoint after whose epoch the data joins.
+    draws, judges: the node that draws the pool and the one that judges it; "base", or None if nothing is drawn.
     before: the arm's earlier replays.
     like: with by nobody, the model's own replay, which says how many rows join.
     """
 
     name: str
     node: Node
-    by: str
-    model: str | None
+    draws: str | None
+    judges: str | None
     before: tuple[str, ...]
     like: str | None
 
@@ -121,7 +121,13 @@ def replays(config: Config) -> dict[str, Replay]:
         twin = config.replay_twin(name) if arm.replay_by == "nobody" else None
         for place, replay in enumerate(tree[name].replays):
             node = tree[replay.removesuffix(f"-by-{arm.replay_by}")]
-            model = {"self": node.name, "base": "base", "nobody": None}[arm.replay_by]
+            draws, judges = {
+                "self": (node.name, node.name),
+                "base": ("base", "base"),
+                "drawing": (node.name, "base"),
+                "judging": ("base", node.name),
+                "nobody": (None, None),
+            }[arm.replay_by]
             like = tree[twin].replays[place] if twin else None
-            found.setdefault(replay, Replay(replay, node, arm.replay_by, model, node.replays, like))
+            found.setdefault(replay, Replay(replay, node, draws, judges, node.replays, like))
     return found

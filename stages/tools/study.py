@@ -300,7 +300,7 @@ def data_shares(run: Path, config: Config, arm: str) -> dict[str, Share]:
     precise: list[Share] = []
     for name in tree[arm].replays:
         pairs = manifests.read_rows(run / name / "replay/pairs.parquet", "pairs")
-        drawn = replayed[name].model is not None
+        drawn = replayed[name].draws is not None
         if drawn:
             pool = manifests.read_rows(run / name / "replay/pool.parquet", "prompts")
             recovered.append((len({row["prompt_id"] for row in pairs}), len(pool)))

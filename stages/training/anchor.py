@@ -1,4 +1,4 @@
-"""The judge anchor: while the model learns to draw, a second loss holds its judge to the base model's own judgements."""
+"""The judge anchor: a loss that holds the judge to the base model's own judgements, beside the loss of the images or alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.common import manifests, shards
+from stages.common.config import Train
 from stages.common.errors import UserError
 from stages.common.seeds import hash_seed
 from stages.common.settings import Score
@@ -18,18 +19,19 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Judgement:
-    """The base model's own p_yes of one of its candidates, and the manifest that the candidate is in."""
+    """The probability of yes that the judge is held to for one candidate, and the manifest that the candidate is in."""
 
     manifest: Path
     candidate: Row
-    p_yes: float
+    target: float
 
 
-def read_judgements(scores: list[Path], candidates: list[Path], seed: int) -> list[Judgement]:
+def read_judgements(scores: list[Path], candidates: list[Path], settings: Train, seed: int) -> list[Judgement]:
     """Return the base model's judgements of its own candidates, shuffled. Raises UserError when there are none."""
-    found = {row["candidate_id"]: row["p_yes"] for row in manifests.read_rows(scores, "scores") if row["p_yes"] is not None}
+    column = settings.judge_anchor_target  # p_yes or verdict; a verdict is the certainty of yes or no
+    found = {row["candidate_id"]: row[column] for row in manifests.read_rows(scores, "scores") if row[column] is not None}
     judgements = [
-        Judgement(path, row, found[row["candidate_id"]])
+        Judgement(path, row, float(found[row["candidate_id"]]))
         for path in candidates
         for row in manifests.read_rows(path, "candidates", without=("tokens", "latents"), wanted=found)
     ]
@@ -41,7 +43,7 @@ def read_judgements(scores: list[Path], candidates: list[Path], seed: int) -> li
 def anchor_loss(
     family: Any, description: Description, judgements: list[Judgement], prompts: dict[str, str], score: Score
 ) -> Callable[[Any, list[int]], Any]:
-    """Return loss(model, indices): the cross-entropy of the model's p_yes against the base model's, at these judgements.
+    """Return loss(model, indices): the cross-entropy of the model's p_yes against these judgements' targets.
 
     The model is asked as stages.score asked it.
     """
@@ -55,7 +57,7 @@ def anchor_loss(
         chosen = [judgements[index] for index in indices]
         images = np.concatenate([shards.read_images(judgement.manifest, [judgement.candidate]) for judgement in chosen])
         questions = [template.replace("{prompt}", prompts[judgement.candidate["prompt_id"]]) for judgement in chosen]
-        targets = np.array([judgement.p_yes for judgement in chosen])
+        targets = np.array([judgement.target for judgement in chosen])
         return family.judge_loss(model, images, questions, targets, prefix)
 
     return loss

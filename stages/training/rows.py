@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from stages.common.candidates import Candidates
-from stages.common.seeds import draw_seed
+from stages.common.seeds import draw_seed, uniforms
 from stages.families.base import Pictures, TokenRows, TrainingView
 
 Row = dict[str, Any]
@@ -21,7 +21,8 @@ class Material:
     """What the rows of a training are made of.
 
     schedule: rows of the schedule manifest, in order. prompts: prompt text by prompt_id. anchors: how many judgements the
-    judge anchor has; row i is paired with judgement i modulo this number, and with none where it is 0.
+    judge anchor has; row i is paired with judgement i modulo this number, and with none where it is 0. prompt_dropout: the
+    share of rows that lose their prompt.
     """
 
     schedule: Sequence[Row]
@@ -29,11 +30,23 @@ class Material:
     candidates: Candidates
     dpo: bool
     anchors: int
+    prompt_dropout: float
     seed: int
 
     def texts(self, places: Sequence[int]) -> list[str]:
         """Return the prompts of the schedule's rows at these places."""
         return [self.prompts[self.schedule[place]["prompt_id"]] for place in places]
+
+    def dropped(self, places: Sequence[int]) -> list[bool]:
+        """Return which rows are trained without their prompt. It depends on the pair and the epoch, as all draws do."""
+        if not self.prompt_dropout:
+            return [False] * len(places)
+        return [float(uniforms(self.seeds([place]), 1)[0, 0]) < self.prompt_dropout for place in places]
+
+    def seeds(self, places: Sequence[int]) -> np.ndarray:
+        """Return the seeds of everything random in the losses of these rows, int64 `[n]`."""
+        rows = [self.schedule[place] for place in places]
+        return np.array([draw_seed(self.seed, row["chosen"], row["rejected"], row["epoch"]) for row in rows])
 
     def pictures(self, places: Sequence[int], side: str) -> Pictures:
         """Return their chosen or rejected pictures."""
@@ -66,6 +79,10 @@ def token_rows(rows: TokenRows, material: Material) -> Any:
             for side in ("chosen", "rejected"):
                 columns[f"ref_{side}_logps"] = [material.schedule[place][f"reference_{side}"] for place in places]
         else:
+            for row, dropped in enumerate(material.dropped(places)):
+                if dropped:
+                    prompt, image = chosen[row]
+                    chosen[row] = rows.unconditional(prompt), image
             columns["input_ids"] = [prompt + image for prompt, image in chosen]
             columns["labels"] = [[-100] * len(prompt) + image for prompt, image in chosen]
         if material.anchors:
@@ -91,9 +108,10 @@ class LossRows(torch.utils.data.Dataset):
         """Return prompts, pictures and seeds of a batch; for DPO those of the chosen, then those of the rejected."""
         material, places = self.material, [row["place"] for row in batch]
         rows = [material.schedule[place] for place in places]
-        seeds = np.array([draw_seed(material.seed, row["chosen"], row["rejected"], row["epoch"]) for row in rows])
+        seeds = material.seeds(places)
         texts, pictures = material.texts(places), material.pictures(places, "chosen")
         if not material.dpo:
+            texts = ["" if dropped else text for text, dropped in zip(texts, material.dropped(places), strict=True)]
             return {"prompts": texts, "pictures": pictures, "seeds": seeds}
         return {
             "prompts": texts * 2,

@@ -243,7 +243,7 @@ class ScheduledRows(AtomicSaves):
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         rows = inputs.pop("anchor", None)
-        loss = self.row_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = self.settings.image_weight * self.row_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.anchor is None:
             return loss
         anchor = self.anchor(model, rows.tolist())

@@ -53,7 +53,7 @@ rule more_pairs:
     log:
         f"{RUN}/logs/replay/{{node}}.pairs.log",
     wildcard_constraints:
-        node=pattern(replay.name for replay in REPLAYS.values() if not replay.model),
+        node=pattern(replay.name for replay in REPLAYS.values() if not replay.draws),
     conda:
         "../../envs/light.yaml"
     resources:

@@ -18,18 +18,22 @@ results/<run>/<node>-by-<who>/replay/                                the replay 
 
 def checkpoint_files(node, role):
     """Return the files that identify a node's model in a role: when one changes, it is another model."""
-    if model_of(node) != "base":
-        return [f"{RUN}/{node}/checkpoint/{FAMILY.trained_file}"]
+    model = model_of(node, role)
+    if model != "base":
+        return [f"{RUN}/{model}/checkpoint/{FAMILY.trained_file}"]
     return [str(path) for path in FAMILY.files(Path(settings.model.checkpoint), role)]
 
 
-def checkpoint_folder(node):
-    return settings.model.checkpoint if model_of(node) == "base" else f"{RUN}/{node}/checkpoint"
+def checkpoint_folder(node, role="draw"):
+    model = model_of(node, role)
+    return settings.model.checkpoint if model == "base" else f"{RUN}/{model}/checkpoint"
 
 
-def model_of(node):
-    """Return the checkpoint that draws and judges in a node's folder: in a control of replay, that is the base model."""
-    return REPLAYS[node].model if node in REPLAYS else node
+def model_of(node, role):
+    """Return the checkpoint that draws or judges in a node's folder: in a control of replay, that can be the base model."""
+    if node not in REPLAYS:
+        return node
+    return REPLAYS[node].judges if role == "judge" else REPLAYS[node].draws
 
 
 def parent_checkpoint(wildcards):
@@ -187,7 +191,7 @@ def replay_scores(wildcards):
 
 def drawn_replays():
     """Return the names of all replays in which something is drawn."""
-    return [replay.name for replay in REPLAYS.values() if replay.model]
+    return [replay.name for replay in REPLAYS.values() if replay.draws]
 
 
 def waiting_pools():
@@ -225,7 +229,7 @@ def replay_arguments(wildcards):
 
 
 def training_candidates(wildcards):
-    replays = [replay for replay in NODES[wildcards.node].replays if REPLAYS[replay].model]
+    replays = [replay for replay in NODES[wildcards.node].replays if REPLAYS[replay].draws]
     return shard_files("base", "candidates", "train") + [
         p for name in replays for p in shard_files(name, "candidates", "replay")
     ]
@@ -240,7 +244,7 @@ def anchor_scores(wildcards):
 def reference_candidates(wildcards):
     """Return the candidates of the pairs. The wildcard owner is an arm, or <replay>/replay."""
     owner = Path(wildcards.owner)
-    redrawn = owner.name == "replay" and REPLAYS[str(owner.parent)].model
+    redrawn = owner.name == "replay" and REPLAYS[str(owner.parent)].draws
     return shard_files(str(owner.parent), "candidates", "replay") if redrawn else shard_files("base", "candidates", "train")
 
 

@@ -1,6 +1,6 @@
 """Curriculum replay: the checkpoint of a replay epoch draws and judges the prompts of the discard pool again.
 
-In a control the untrained model does that, in the folder <node>-by-base.
+In controls, the untrained model does one of these or both, in the folder <node>-by-<who>.
 
 pool -> candidates and scores (made by the rules generate and score) -> recovered pairs -> remaining pool
 """

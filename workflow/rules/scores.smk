@@ -27,7 +27,7 @@ rule score:
     params:
         code=code("stages.score", mentioned=USES),
         config=CONFIG,
-        checkpoint=lambda wildcards: checkpoint_folder(wildcards.node),
+        checkpoint=lambda wildcards: checkpoint_folder(wildcards.node, "judge"),
         settings=read_by("stages.score", settings.score, without=["batch_size"]),
         model=MODEL,
     message:

@@ -299,7 +299,12 @@ class Janus:
             "projector": ("janus.model.generation_aligner.", aligner),
             "vision": (vision,),
         }
-        rows = TokenRows(self.tokenizer, self.token_ids)
+        pad = self.model.config.vq_config.num_embeddings + self.pad  # in the joint vocabulary
+
+        def unconditional(ids: list[int]) -> list[int]:
+            return [ids[0], *[pad] * (len(ids) - 2), ids[-1]]  # as `_sample` draws it
+
+        rows = TokenRows(self.tokenizer, self.token_ids, unconditional)
         return TrainingView(JanusOverImages(self.model), groups, (aligner, vision, head), self._row_flops, token_rows=rows)
 
     def _row_flops(self, prompt: str) -> float:
