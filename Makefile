@@ -1,10 +1,11 @@
 # make run: set up and run the embedded default. make test: set up and pass the tests.
 PYTHON ?= python3
 CORES ?= 2
+, := ,
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup run test test-all test-slurm cluster lint format study tiny-model
+.PHONY: setup run test test-all test-slurm cluster lint format study tune ablations tiny-model
 
 setup: $(STAMP)
 
@@ -62,6 +63,38 @@ study: setup
 	$(BIN)/python -m stages.tools.study --runs $$runs --out docs/study.csv --by-run docs/study-runs.csv \
 		--contrasts docs/contrasts.csv --plot docs/study.png && \
 	echo "The study took $$((($$(date +%s) - started) / 60)) minutes."
+
+# Settings and ablations are measured on the validation prompts, with seeds of their own. A run that is finished is only checked.
+# $(call validated,NAME,CONFIGURATION FILE,FURTHER SETTINGS) runs the workflow once for each seed.
+VALIDATION_SEEDS ?= 100 101
+validated = for seed in $(VALIDATION_SEEDS); do \
+		PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) --configfile config.yaml $(2) \
+			--config run=$(1)-$$seed seed=$$seed $(3) -- all || exit 1; \
+	done
+runs_of = $(VALIDATION_SEEDS:%=results/$(1)-%)
+
+# The grid from which the settings of config.yaml are chosen; writes docs/tuning.csv and docs/guidance.jsonl.
+tune: setup
+	@for scale in 1 1.5 2 3; do \
+		$(BIN)/python -m stages.shapes.measure --seeds 1 --guidance-scale $$scale || exit 1; \
+	done > docs/guidance.jsonl
+	@$(call validated,tune,configs/tune.yaml)
+	$(BIN)/python -m stages.tools.study --runs $(call runs_of,tune) --out docs/tuning.csv
+
+# The ablations of the paper and some more: first learning curves, which say when Gen. stalls, then all arms, then a second round
+# of the whole loop with the model that the first one has trained, and drawing under guidance. Writes docs/ablations*.
+ablations: setup
+	@$(call validated,ablations-curves,configs/learning_curves.yaml)
+	@epoch=$$($(BIN)/python -m stages.tools.stall --curves $(VALIDATION_SEEDS:%=results/ablations-curves-%/learning_curves.csv) \
+		--arm sft) || exit 1; echo "Gen. stalls after epoch $$epoch."; \
+	$(call validated,ablations,configs/ablations.yaml,arms="{c-sft-stall: {objective: sft$(,) epochs: 6$(,) replay_epochs: [$$epoch]}}")
+	@$(call validated,ablations-second,configs/second-round.yaml,model="{checkpoint: results/ablations-$$seed/sft/checkpoint}")
+	@$(call validated,ablations-guided,configs/guided.yaml)
+	$(BIN)/python -m stages.tools.study --runs $(call runs_of,ablations) --out docs/ablations.csv \
+		--contrasts docs/ablation-contrasts.csv --plot docs/ablations.png
+	$(BIN)/python -m stages.tools.study --runs $(call runs_of,ablations-second) --out docs/ablations-second-round.csv
+	$(BIN)/python -m stages.tools.study --runs $(call runs_of,ablations-guided) --out docs/ablations-guided.csv
+	cp results/ablations-curves-$(firstword $(VALIDATION_SEEDS))/learning_curves.png docs/learning_curves.png
 
 # Trains a tiny model from nothing: the image tokenizer, the vision encoder, then the language model. It takes the place of
 # models/tiny-janus, unless MODEL names another folder.

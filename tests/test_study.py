@@ -13,7 +13,7 @@ from stages.common.config import validate
 from stages.common.errors import UserError
 from stages.tools import study
 from stages.tools.intervals import t_quantile
-from tests.helpers import ROOT, SMALL, merged
+from tests.helpers import ROOT, SMALL, done, merged, refused, stage
 
 TRUTH = 3.0  # points by which the simulated arm is better, over all checkpoints, seeds and prompts
 
@@ -217,3 +217,15 @@ def test_every_arm_of_a_claim_is_in_the_study():
     config = validate(fields)
     assert list(config.benchmarks) == ["test"]
     assert {arm for _, arm, against, _ in study.CLAIMS for arm in (arm, against)} == {"base", *config.arms}
+
+
+def test_the_epoch_at_which_an_arm_stalls_is_read_from_its_curves(tmp_path):
+    points = {0: 40, 1: 44, 2: 46, 3: 46.2, 4: 49}
+    for run, shift in (("a", -1), ("b", 1)):
+        rows = [f"validation,sft,{epoch},overall,gen,{gen + shift}" for epoch, gen in points.items()]
+        rows += [f"validation,sft,{epoch},overall,non,{gen}" for epoch, gen in points.items()]
+        (tmp_path / f"{run}.csv").write_text("\n".join(["benchmark,arm,epoch,category,metric,value", *rows]))
+    curves = [tmp_path / "a.csv", tmp_path / "b.csv"]
+    assert done("tools.stall", "--curves", *curves, "--arm", "sft").stdout.strip() == "2"
+    assert done("tools.stall", "--curves", *curves, "--arm", "sft", "--least", 0.1).stdout.strip() == "3"
+    refused(stage("tools.stall", "--curves", *curves, "--arm", "dpo"), "a.csv", "no curve of Gen.", "evaluate.every_checkpoint")

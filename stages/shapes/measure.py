@@ -2,7 +2,7 @@
 
     python -m stages.shapes.measure --checkpoint models/tiny-janus
 
-The command prints a line of JSON for each seed. These are the figures of the model card.
+The command prints a line of JSON for each seed and, with --tables, the tables of the model card.
 """
 
 from __future__ import annotations
@@ -69,6 +69,25 @@ def ask(family: Janus, images: np.ndarray, meanings: list[Meaning]) -> np.ndarra
     return np.concatenate([family.p_yes(images[i : i + 128], questions[i : i + 128])[0] for i in places])
 
 
+def spread(found: list[dict[str, float]], name: str, digits: int) -> str:
+    """Return the mean and, with several seeds, the range of a figure: "43.6 (40.8 to 45.3)"."""
+    values = [figures[name] for figures in found]
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def tables(found: list[dict[str, float]]) -> str:
+    """Return the tables of the model card in Markdown: rates in percent by category, and areas by kind of error."""
+    lines = ["| category | draws right | refuses its own drawings | judges its own drawings right |", "|---|---|---|---|"]
+    for category in ("", *CATEGORIES):
+        rates = " | ".join(spread(found, f"{name} {category}".strip(), 1) for name in ("gen", "non", "own"))
+        lines.append(f"| {category or 'all'} | {rates} |")
+    lines += ["", f"Calibration error: {spread(found, 'calibration', 3)}", ""]
+    lines += ["| kind of error in minimal pairs | area under the ROC curve of p(yes) |", "|---|---|"]
+    lines += [f"| {kind} | {spread(found, f'auc {kind}', 3)} |" for kind in ERRORS]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=Path("models/tiny-janus"))
@@ -76,12 +95,20 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=1200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--guidance-scale", type=float, default=1.0)
+    parser.add_argument("--tables", action="store_true", help="also print tables of the mean and the range over the seeds")
     arguments = parser.parse_args()
     family = Janus.load(arguments.checkpoint)
+    found = []
     for seed in range(arguments.seeds):
         figures = measure(family, arguments.split, arguments.prompts, seed, arguments.guidance_scale)
+        found.append(figures)
         rounded = {name: round(value, 3) for name, value in figures.items()}
-        print(json.dumps({"split": arguments.split, "seed": seed, **rounded}), flush=True)
+        print(
+            json.dumps({"split": arguments.split, "guidance_scale": arguments.guidance_scale, "seed": seed, **rounded}),
+            flush=True,
+        )
+    if arguments.tables:
+        print(tables(found))
 
 
 if __name__ == "__main__":

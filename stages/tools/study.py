@@ -62,25 +62,54 @@ DRAWING = ("gen", "non")
 JUDGING = ("judge_on_base", "judge_on_own", "false_acceptance", "false_refusal")
 DATA = ("trained_precision",)
 REPLAYED = ("recovered_prompts", "recovered_precision")
-CLAIMS: list[tuple[str, str, str, tuple[str, ...]]] = [
-    claim
-    for sft in ("sft", "dpo")
-    for claim in (
-        ("training on its own judgement helps", sft, "base", DRAWING + JUDGING),
-        ("selection by the model's judge helps", sft, f"{sft}-nobody", DRAWING + JUDGING + DATA),
-        ("training without a judge helps", f"{sft}-nobody", "base", DRAWING + JUDGING),
-        ("a perfect judge adds", f"{sft}-truth", sft, DRAWING + JUDGING + DATA),
-        ("training on the truth helps", f"{sft}-truth", "base", DRAWING + JUDGING),
-        ("replay adds", f"c-{sft}", sft, DRAWING + JUDGING + DATA),
-        ("replay beats redrawing by the untrained model", f"c-{sft}", f"c-{sft}-base", DRAWING + JUDGING + DATA + REPLAYED),
-        ("replay beats more rows", f"c-{sft}", f"c-{sft}-more", DRAWING + JUDGING + DATA),
-        ("training with replay helps", f"c-{sft}", "base", DRAWING + JUDGING),
-    )
-] + [
-    ("the anchor helps the judge", "sft-anchored", "sft", JUDGING),
-    ("the anchor costs no drawing", "sft-anchored", "sft", DRAWING),
-    ("training with the anchor helps", "sft-anchored", "base", DRAWING + JUDGING),
-]
+CLAIMS: list[tuple[str, str, str, tuple[str, ...]]] = (
+    [
+        claim
+        for sft in ("sft", "dpo")
+        for claim in (
+            ("training on its own judgement helps", sft, "base", DRAWING + JUDGING),
+            ("selection by the model's judge helps", sft, f"{sft}-nobody", DRAWING + JUDGING + DATA),
+            ("training without a judge helps", f"{sft}-nobody", "base", DRAWING + JUDGING),
+            ("a perfect judge adds", f"{sft}-truth", sft, DRAWING + JUDGING + DATA),
+            ("training on the truth helps", f"{sft}-truth", "base", DRAWING + JUDGING),
+            ("replay adds", f"c-{sft}", sft, DRAWING + JUDGING + DATA),
+            ("replay beats redrawing by the untrained model", f"c-{sft}", f"c-{sft}-base", DRAWING + JUDGING + DATA + REPLAYED),
+            ("replay beats more rows", f"c-{sft}", f"c-{sft}-more", DRAWING + JUDGING + DATA),
+            ("training with replay helps", f"c-{sft}", "base", DRAWING + JUDGING),
+        )
+    ]
+    + [
+        ("the anchor helps the judge", "sft-anchored", "sft", JUDGING),
+        ("the anchor costs no drawing", "sft-anchored", "sft", DRAWING),
+        ("training with the anchor helps", "sft-anchored", "base", DRAWING + JUDGING),
+    ]
+    + [
+        (claim, arm, against, DRAWING + JUDGING + DATA)
+        for claim, arm, against in (
+            ("2 candidates instead of 10", "sft-n2", "sft"),
+            ("4 candidates instead of 10", "sft-n4", "sft"),
+            ("the projector is trained too", "sft-projector", "sft"),
+            ("the vision tower is trained too", "sft-anchored-vision", "sft-anchored"),
+            ("replay after epoch 1 instead of 3", "c-sft-early", "c-sft"),
+            ("replay after epoch 5 instead of 3", "c-sft-late", "c-sft"),
+            ("replay after epochs 2 and 4 instead of 3", "c-sft-twice", "c-sft"),
+            ("replay when Gen. stalls instead of after epoch 3", "c-sft-stall", "c-sft"),
+            ("replay with the untrained judge", "c-sft-drawing", "c-sft"),
+            ("replay with images of the untrained model", "c-sft-judging", "c-sft"),
+            ("training on judgements alone", "judging-alone", "base"),
+            ("training on judgements too", "sft-and-judging", "sft"),
+            ("acceptance from 0.5", "sft-accept-50", "sft"),
+            ("acceptance from 0.7", "sft-accept-70", "sft"),
+            ("acceptance from 0.85", "sft-accept-85", "sft"),
+            ("acceptance from 0.95", "sft-accept-95", "sft"),
+            ("DPO without the loss of the chosen image", "dpo-nll-0", "dpo"),
+            ("beta 0.03 instead of 0.1", "dpo-beta-03", "dpo"),
+            ("beta 0.3 instead of 0.1", "dpo-beta-30", "dpo"),
+            ("one prompt in ten is dropped", "sft-dropout", "sft"),
+            ("one prompt in ten is dropped", "sft-dropout", "base"),
+        )
+    ]
+)
 
 
 @dataclass(frozen=True)
