@@ -16,6 +16,7 @@ JUDGES = {
     "shapes": "stages.judges.shapes:SHAPES",
     "table": "stages.judges.table:TABLE",
     "family": "stages.judges.family:FAMILY",
+    "geneval-hf": "stages.judges.geneval:GENEVAL",
 }
 
 
