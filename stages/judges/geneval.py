@@ -256,7 +256,7 @@ def one_line(error: Exception) -> str:
 
 def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
     """Return the box that just encloses a mask `[height, width]`: (x0, y0, x1, y1) with the maxima + 1, as upstream's mmdet."""
-    (x,), (y,) = mask.any(0).nonzero(), mask.any(1).nonzero()
+    x, y = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
     return int(x[0]), int(y[0]), int(x[-1]) + 1, int(y[-1]) + 1
 
 
@@ -277,12 +277,12 @@ def detector_files(folder: Path) -> list[Path]:
 def clip_files(folder: Path) -> list[Path]:
     """Return the files of CLIP and its tokenizer. Raises UserError on a folder of another model."""
     found = checkpoint_files(folder, "clip", "clip", CLIP)
-    for names in (("tokenizer.json",), ("vocab.json", "merges.txt")):  # without them transformers makes up an empty tokenizer
-        if all((folder / name).is_file() for name in names):
-            return [*found, *(folder / name for name in names)]
-    raise UserError(
-        f"{folder}: no tokenizer (tokenizer.json, or vocab.json and merges.txt); give a local folder of {CLIP} as clip"
-    )
+    tokenizer = [name for name in ("merges.txt", "tokenizer.json", "vocab.json") if (folder / name).is_file()]
+    if "tokenizer.json" not in tokenizer and len(tokenizer) < 2:  # transformers would make up an empty tokenizer
+        raise UserError(
+            f"{folder}: no tokenizer (tokenizer.json, or vocab.json and merges.txt); give a local folder of {CLIP} as clip"
+        )
+    return [*found, *(folder / name for name in tokenizer)]
 
 
 def checkpoint_files(folder: Path, model_type: str, setting: str, example: str) -> list[Path]:
