@@ -16,6 +16,8 @@ JUDGES = {
     "shapes": "stages.judges.shapes:SHAPES",
     "table": "stages.judges.table:TABLE",
     "family": "stages.judges.family:FAMILY",
+    "vlm": "stages.judges.vlm:VLM",
+    "openai": "stages.judges.endpoint:OPENAI",
 }
 
 
