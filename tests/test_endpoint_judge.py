@@ -463,6 +463,22 @@ def test_a_killed_judge_asks_nothing_twice(serve, tmp_path):
     assert KEY not in written(tmp_path) + result.stdout + result.stderr
 
 
+def test_sigterm_keeps_what_is_under_way_and_begins_nothing_else(serve, tmp_path):
+    def slowly(name, times):
+        time.sleep(0.05)
+        return completion("Yes")
+
+    server = serve(slowly)
+    out, errors = tmp_path / "stdout", tmp_path / "stderr"
+    process = process_of("stages.judge", *arguments(tmp_path, server, 150, concurrency=2), out=out, errors=errors)
+    assert wait_until(lambda: len(server.asked) > 20, process), errors.read_text()
+    process.terminate()
+    process.join()
+    assert "ended by SIGTERM" in errors.read_text()
+    kept = [line for path in (tmp_path / "answers").rglob("*.jsonl") for line in path.read_text().splitlines()]
+    assert 20 < len(kept) == len(server.asked) < 150
+
+
 def test_the_stage_ends_with_one_line_without_the_key(serve, tmp_path):
     server = serve(lambda name, times: failure(401, f"bad key {KEY}"))
     result = stage("judge", *arguments(tmp_path, server, 3))
