@@ -17,6 +17,8 @@ JUDGES = {
     "table": "stages.judges.table:TABLE",
     "family": "stages.judges.family:FAMILY",
     "geneval-hf": "stages.judges.geneval:GENEVAL",
+    "vlm": "stages.judges.vlm:VLM",
+    "openai": "stages.judges.endpoint:OPENAI",
 }
 
 
