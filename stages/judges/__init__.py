@@ -16,6 +16,8 @@ JUDGES = {
     "shapes": "stages.judges.shapes:SHAPES",
     "table": "stages.judges.table:TABLE",
     "family": "stages.judges.family:FAMILY",
+    "blip-vqa": "stages.judges.blip_vqa:BLIP_VQA",
+    "clip-score": "stages.judges.clip_score:CLIP_SCORE",
 }
 
 
