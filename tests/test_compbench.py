@@ -226,3 +226,260 @@ def test_the_stage_says_which_parser_is_missing(tmp_path):
     manifests.write(tmp_path / "prompts.parquet", "prompts", [], stage="stages.prompts")
     files = ("--prompts", tmp_path / "prompts.parquet", "--out", tmp_path / "out.parquet")
     refused(stage("phrases", *files, "--by", "spacy"), "--by spacy: spaCy or its model en_core_web_sm is not installed")
+
+
+# The formulas
+
+
+def test_what_prompts_claim():
+    assert rules.spatial_claim("A cat on top of a red sofa.") == Claim("cat", "on top of", "sofa")
+    assert rules.spatial_claim("a dog") is None
+    assert rules.spatial_claim("near") is None
+    assert rules.relation_in("a cat near a dog, on side of a car") == "on side of"  # the first of the list, not of the prompt
+    assert rules.counted_nouns("Two dogs and a butterfly, eight") == [(2, "dog"), (1, "butterfly")]
+    assert rules.counted_nouns("three sheep and two of them") == [(3, "sheep")]
+
+
+LEFT, RIGHT = (0.0, 0.0, 100.0, 100.0), (300.0, 0.0, 400.0, 100.0)
+
+
+def two(first: str, second: str, boxes=(LEFT, RIGHT), scores=(0.8, 0.6)) -> list[Detection]:
+    return [Detection(label, score, box) for label, score, box in zip((first, second), scores, boxes, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("detections", "claim", "upstream", "mended"),
+    [
+        (two("cat", "dog"), Claim("cat", "on the left of", "dog"), 0.85, 0.85),  # (0.8 + 0.6) / 4 + 1 / 2
+        (two("cat", "dog"), Claim("cat", "on the right of", "dog"), 0, 0),  # 0.35 is below 0.5
+        (two("cat", "dog"), Claim("dog", "on the right of", "cat"), 0.85, 0.85),
+        (two("cat", "dog"), Claim("cat", "near", "dog"), 0.85, 0.6),  # one axis is enough upstream; 0.35 + 0.5 * 150 / 300
+        (two("cat", "dog"), Claim("cat", "on the top of", "dog"), 0, 0),
+        (two("cat", "dog", ((0, 0, 50, 50), (0, 60, 50, 99))), Claim("cat", "on top of", "dog"), 0, 0.85),
+        (two("person", "person"), Claim("girl", "on the left of", "boy"), 0, 0.85),  # upstream takes one person twice
+        (two("cell phone", "cattle, cow"), Claim("phone", "on the left of", "cow"), 0, 0.85),
+        (two("cat", "cat"), Claim("cat", "near", "dog"), 0, 0),
+        ([], Claim("cat", "near", "dog"), 0, 0),
+        # Boxes that overlap by a quarter: (100 * 40) / (100 * 100 + 100 * 100 - 4000) = 0.25; 0.35 + 0.5 * 0.1 / 0.25.
+        (two("cat", "dog", (LEFT, (60, 0, 160, 100))), Claim("cat", "on the left of", "dog"), 0.55, 0.55),
+    ],
+)
+def test_spatial_by_hand(detections, claim, upstream, mended):
+    assert rules.spatial_upstream(detections[::-1], claim) == pytest.approx(upstream)
+    assert rules.spatial(detections[::-1], claim) == pytest.approx(mended)
+
+
+def test_depth_by_hand():
+    depth = np.zeros((200, 500))
+    depth[:, :200] = 1  # the left part is nearer
+    cat_before_dog = Claim("cat", "in front of", "dog")
+    apart = two("cat", "dog")
+    assert rules.spatial_3d(apart, cat_before_dog, depth) == pytest.approx(0.85)
+    assert rules.spatial_3d(apart, Claim("cat", "behind", "dog"), depth) == pytest.approx(0.35)
+    assert rules.spatial_3d(apart, Claim("dog", "hidden", "cat"), depth) == pytest.approx(0.35)  # apart, so nothing is hidden
+    assert rules.spatial_3d_upstream(apart, cat_before_dog, depth) == pytest.approx(0.35)
+    over = two("cat", "dog", ((0, 0, 100, 100), (0, 50, 100, 150)))  # a third of their union is common
+    upright = np.zeros((200, 500))
+    upright[:75] = 1  # the upper part is nearer
+    assert rules.spatial_3d(over, cat_before_dog, upright) == pytest.approx(0.85)
+    assert rules.spatial_3d_upstream(over, cat_before_dog, upright) == pytest.approx(0.35)  # it compares columns
+    assert rules.spatial_3d_upstream(over, cat_before_dog, upright.T) == pytest.approx(0.35 + 0.5 * (1 / 3) / 0.5)
+    beyond = two("cat", "dog", ((300, 0, 400, 100), (300, 50, 400, 150)))  # no such row: the mean is NaN
+    assert rules.spatial_3d_upstream(beyond, Claim("cat", "behind", "dog"), depth) == pytest.approx(0.35)
+    assert rules.spatial_3d_upstream([Detection("carrot", 0.8, LEFT)], Claim("car", "behind", "dog"), depth) == 0.2
+
+
+def test_numeracy_by_hand():
+    cats = [Detection("cat", 0.9 - i / 10, (200.0 * i, 0.0, 200.0 * i + 100, 100.0)) for i in range(2)]
+    dog = Detection("dog", 0.5, (0.0, 300.0, 100.0, 400.0))
+    assert rules.numeracy([*cats, dog], [(2, "cat"), (1, "dog")]) == 1
+    assert rules.numeracy([*cats, dog], [(3, "cat"), (1, "dog")]) == 0.75
+    assert rules.numeracy([*cats, dog], [(3, "cat"), (1, "cow")]) == 0.25
+    inside = Detection("cat", 0.1, (10.0, 10.0, 90.0, 90.0))
+    assert rules.numeracy([*cats, inside], [(2, "cat")]) == 1  # a box inside another one of its label is not counted
+    assert rules.numeracy([Detection("picture frame", 0.5, LEFT)], [(1, "painting")]) == 1  # a label that contains the noun
+    assert rules.numeracy([Detection("person", 0.5, LEFT)], [(1, "woman"), (1, "boy")]) == 1
+    assert rules.numeracy([], [(1, "cat")]) == 0
+
+
+def test_attributes_and_complex_by_hand():
+    assert rules.attribute([0.5, 0.5]) == 0.25
+    assert rules.attribute([0.33333, 0.33333]) == 0.1111  # 0.3333 squared
+    assert rules.attribute([]) == 1
+    assert rules.attribute([1.0] * 8 + [0.0]) == 1
+    assert rules.three_in_one("spatial", 0.2, 0.6, 0.9) == pytest.approx(0.4)
+    assert rules.three_in_one("action", 0.2, 0.6, 0.9) == pytest.approx(0.55)
+    assert rules.three_in_one("both", 0.2, 0.6, 0.9) == pytest.approx(1.7 / 3)
+
+
+# Independent formulations: overlaps are counted pixel by pixel, directions are angles, and matches are found in data frames.
+
+CASES = 1500
+LABELS = ["cat", "dog", "person", "cow", "cattle, cow", "cell phone", "phone", "carrot", "car", "boat", "fish", "picture frame"]
+NOUNS = ["cat", "dog", "girl", "man", "cow", "phone", "car", "wallet", "fish", "painting", "ship", "goldfish"]
+
+
+def scene(generator: np.random.Generator, unit: int) -> list[Detection]:
+    """Return up to twelve detections with boxes of whole units, some of them repeated and moved by a little."""
+    found: list[Detection] = []
+    for _ in range(generator.integers(0, 13)):
+        x, y = generator.integers(0, 40, 2)
+        width, height = generator.integers(4, 48 - max(x, y) + 1, 2)
+        box = [unit * float(edge) for edge in (x, y, min(48, x + width), min(48, y + height))]
+        label = LABELS[generator.integers(len(LABELS))]
+        if found and generator.random() < 0.3:
+            label, box = found[-1].label, [*found[-1].box]
+            edge = int(generator.integers(2))
+            box[edge] = min(box[edge] + unit * float(generator.integers(0, 3)), box[edge + 2] - unit)
+        found.append(Detection(label, float(generator.random()), tuple(box)))
+    return sorted(found, key=lambda detection: -detection.score)
+
+
+def claims(generator: np.random.Generator, relations, found: list[Detection]) -> Claim:
+    """Return a claim about two things, more often than not about things that were detected."""
+    nouns = NOUNS + 3 * [one.label for one in found if one.label in NOUNS]
+    first, second = (nouns[place] for place in generator.integers(0, len(nouns), 2))
+    return Claim(first, relations[generator.integers(len(relations))], second)
+
+
+def pixels(box, unit: int) -> np.ndarray:
+    mask = np.zeros((50, 50), dtype=bool)
+    x0, y0, x1, y1 = (round(edge / unit) for edge in box)
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
+def overlap(first, second, unit: int) -> float:
+    first, second = pixels(first, unit), pixels(second, unit)
+    return (first & second).sum() / (first | second).sum()
+
+
+def expected_position(first, second, relation: str, mended: bool) -> float:
+    centre = [complex(box[0] + box[2], box[1] + box[3]) / 2 for box in (first, second)]
+    way = centre[1] - centre[0]
+    if relation in ("near", "next to", "on side of"):
+        sides = [abs(way.real), abs(way.imag)]
+        good = all(side < 150 for side in sides) if mended else any(side < 150 for side in sides)
+        return 1.0 if good else 150 / max(sides)
+    if mended and relation == "on top of":
+        relation = "on the top of"
+    turned = {"on the left of": 1, "on the top of": -1j, "on the right of": -1, "on the bottom of": 1j}.get(relation)
+    if turned is None or way == 0:
+        return 0.0
+    way *= turned  # now the second object should lie to the right, within 45 degrees
+    if not (way.real > 0 and abs(math.degrees(math.atan2(way.imag, way.real))) < 45):
+        return 0.0
+    return min(1.0, 0.1 / max(overlap(first, second, 10), 1e-9))
+
+
+def person(noun: str) -> str:
+    return {"girl": "person", "boy": "person", "man": "person", "woman": "person"}.get(noun, noun)
+
+
+def meant(noun: str) -> set[str]:
+    more = {
+        "phone": {"cell phone"}, "cow": {"cattle", "cattle, cow"}, "painting": {"picture frame"},
+        "girl": {"person"}, "man": {"person"},
+    }  # fmt: skip
+    return {noun} | more.get(noun, set())
+
+
+@pytest.mark.parametrize("mended", [False, True])
+def test_spatial_agrees_with_an_independent_formulation(mended):
+    generator, seen = np.random.default_rng(int(mended)), Counter()
+    for _ in range(CASES):
+        found = scene(generator, 10)
+        claim = claims(generator, rules.RELATIONS, found)
+        table = pandas.DataFrame([{"label": one.label, "score": one.score, "box": one.box} for one in found])
+        picks: list = []
+        for noun in (claim.first, claim.second):
+            wanted = meant(noun) if mended else {person(noun)}
+            free = [i for i in range(len(table)) if table.label[i] in wanted and not (mended and i in picks)]
+            picks.append(free[0] if free else None)
+        expected = sum(table.score[i] for i in picks if i is not None) / 4
+        if None not in picks:
+            expected += expected_position(*(table.box[i] for i in picks), claim.relation, mended) / 2
+        expected = expected if expected >= 0.5 else 0
+        assert (rules.spatial if mended else rules.spatial_upstream)(found, claim) == pytest.approx(expected), (found, claim)
+        seen[expected > 0] += 1
+    assert seen[True] > 15
+
+
+@pytest.mark.parametrize("mended", [False, True])
+def test_depth_agrees_with_an_independent_formulation(mended):
+    generator, seen = np.random.default_rng(2 + int(mended)), Counter()
+    for _ in range(CASES):
+        found = scene(generator, 1)
+        claim = claims(generator, rules.RELATIONS_3D, found)
+        depth = generator.random((40 + generator.integers(0, 20), 60))
+        nouns = [claim.first, claim.second] if mended else [person(claim.first), person(claim.second)]
+        hits = [
+            [i for i, one in enumerate(found) if (one.label in meant(noun) if mended else noun in one.label)] for noun in nouns
+        ]
+        if mended:
+            picks = [hits[0][0] if hits[0] else None]
+            picks.append(next((i for i in hits[1] if i not in picks), None))
+        elif all(hits):
+            end = max(hit[0] for hit in hits)  # the walk ends where both are found, and the last match until then stays
+            picks = [max(i for i in hit if i <= end) for hit in hits]
+        else:
+            picks = [hit[0] if hit else None for hit in hits]
+        expected = sum(found[i].score for i in picks if i is not None) / 4
+        if None not in picks:
+            boxes = [[int(edge) for edge in found[i].box] for i in picks]
+            field = depth if mended else depth.T
+            means = []
+            for x0, y0, x1, y1 in boxes:
+                inside = [field[y, x] for y in range(y0, y1) for x in range(x0, x1) if y < len(field) and x < len(field[0])]
+                means.append(sum(inside) / len(inside) if inside else math.nan)
+            nearer = means[0] > means[1] if claim.relation == "in front of" else means[0] < means[1]
+            share = overlap(*boxes, 1)
+            if mended:
+                position = float(nearer and (claim.relation != "hidden" or share > 0))
+            else:
+                position = 0.0 if not nearer or share == 0.5 else min(1.0, share * 2)
+            expected += position / 2
+            seen[position > 0] += 1
+        score = (rules.spatial_3d if mended else rules.spatial_3d_upstream)(found, claim, depth)
+        assert score == pytest.approx(expected), (found, claim)
+    assert seen[True] > 30
+
+
+def test_numeracy_agrees_with_an_independent_formulation():
+    generator, seen = np.random.default_rng(4), Counter()
+
+    def inclusive(box) -> set[tuple[int, int]]:
+        x0, y0, x1, y1 = map(int, box)
+        return {(x, y) for x in range(x0, x1 + 1) for y in range(y0, y1 + 1)}
+
+    for _ in range(CASES):
+        found = scene(generator, 1)
+        counts = [
+            (int(generator.integers(1, 4)), NOUNS[generator.integers(len(NOUNS))]) for _ in range(generator.integers(1, 4))
+        ]
+        kept: list[tuple[str, set]] = []
+        for one in found:
+            area = inclusive(one.box)
+            shares = [len(area & other) / min(len(area), len(other)) for label, other in kept if label == one.label]
+            if not any(share > 0.9 for share in shares):
+                kept.append((one.label, area))
+        labels, expected = [label for label, _ in kept], 0.0
+        for number, noun in counts:
+            noun = {"ship": "boat", "goldfish": "fish", "painting": "picture"}.get(noun, person(noun))
+            if noun not in labels:
+                labels = [noun if noun in label else label for label in labels]
+            expected += 0.5 / len(counts) * ((noun in labels) + (noun in labels and Counter(labels)[noun] == number))
+        assert rules.numeracy(found, counts) == pytest.approx(expected), (found, counts)
+        seen[round(expected, 2)] += 1
+    assert len(seen) > 5
+
+
+def test_products_and_means_agree_with_an_independent_formulation():
+    generator = np.random.default_rng(5)
+    for _ in range(CASES):
+        chances = generator.random(generator.integers(0, 10))
+        logarithm = sum(math.log(float(f"{chance:.4f}") or 1e-300) for chance in chances[:8])
+        assert rules.attribute(list(chances)) == pytest.approx(math.exp(logarithm), abs=5.1e-5)
+        parts = generator.random(3)
+        for kind, weights in {"spatial": (3, 3, 0), "action": (3, 0, 3), "both": (2, 2, 2)}.items():
+            assert rules.three_in_one(kind, *parts) == pytest.approx(np.dot(weights, parts) / 6)
