@@ -1,8 +1,9 @@
 """BLIP-VQA of T2I-CompBench++ for color, shape and texture: BLIP is asked about each noun phrase of the prompt.
 
 Source: BLIPvqa_eval/BLIP_vqa.py, models/blip_vqa.py and data/ of Karine-Huang/T2I-CompBench at 1b70949. This is a stand-in with
-the same weights in transformers' form. Its own `forward` gives no logits of the answer, its tokenizer has no [ENC], and its
-`generate` ignores the padding, so the three parts of the model are called here one after the other.
+the same weights in transformers' form. Its own `forward` gives no logits of the answer and its tokenizer has no [ENC], so the
+three parts of the model are called here one after the other. Its cross-attention ignores `encoder_attention_mask` (seen in
+transformers 5.23), so the decoder would read the padding of questions; only questions of equal length share a batch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,15 @@ from stages.common import manifests
 from stages.common.batches import planned
 from stages.common.errors import UserError
 from stages.judges.base import Item, Judge, JudgeKind, Verdict
-from stages.judges.checkpoint import CheckpointJudge, checkpoint_files, device_of, load_model, load_tokenizer, normalised, workers
+from stages.judges.checkpoint import (
+    CheckpointJudge,
+    checkpoint_files,
+    device_of,
+    load_model,
+    load_tokenizer,
+    normalised,
+    workers,
+)
 from stages.judges.compbench_rules import attribute
 
 SIDE = 480  # pixels; images are squeezed to squares
@@ -51,66 +60,63 @@ def open_blip(settings: BlipVqaJudge) -> Judge:
     from PIL import Image
     from transformers import BlipForQuestionAnswering
 
-    phrases = read_phrases(Path(settings.phrases))
+    known = read_phrases(Path(settings.phrases))
     tokenizer = load_tokenizer(settings.kind, settings.checkpoint)
     model = load_model(settings.kind, settings.checkpoint, settings.device, BlipForQuestionAnswering, ["blip"])
     device = device_of(settings.device)
     vocabulary = model.config.text_config.vocab_size
     if vocabulary <= ENCODE or tokenizer.convert_tokens_to_ids(["yes", "no"]) != [YES, NO]:
         raise UserError(
-            f"{settings.checkpoint}: has not BLIP's vocabulary of {ENCODE + 1} tokens; give the judge blip-vqa a checkpoint such "
-            "as Salesforce/blip-vqa-capfilt-large"
+            f"{settings.checkpoint}: has not BLIP's vocabulary of {ENCODE + 1} tokens; give the judge blip-vqa a checkpoint "
+            "such as Salesforce/blip-vqa-capfilt-large"
         )
 
     def squeezed(image: np.ndarray) -> np.ndarray:
         return np.asarray(Image.fromarray(image).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC))
 
-    def p_yes(images: torch.Tensor, questions: list[str]) -> list[float]:
-        """Return P(yes) / (P(yes) + P(no)) of questions about encoded images `[questions, patches, width]`."""
-        encoded = tokenizer(questions, padding="longest", truncation=True, max_length=TOKENS, return_tensors="pt").to(device)
-        encoded.input_ids[:, 0] = ENCODE
-        seen = torch.ones(images.shape[:2], dtype=torch.long, device=device)
-        states = model.text_encoder(
-            input_ids=encoded.input_ids,
-            attention_mask=encoded.attention_mask,
-            encoder_hidden_states=images,
-            encoder_attention_mask=seen,
-        ).last_hidden_state
+    def tokens(phrase: str) -> list[int]:
+        return [ENCODE, *tokenizer(question(phrase), truncation=True, max_length=TOKENS).input_ids[1:]]
+
+    def p_yes(images: torch.Tensor, questions: list[list[int]]) -> list[float]:
+        """Return P(yes) / (P(yes) + P(no)) of questions of equal length about encoded images `[questions, patches, width]`."""
+        ids = torch.tensor(questions, device=device)
         begin = torch.full((len(questions), 1), DECODE, device=device)
-        logits = model.text_decoder(
-            input_ids=begin,
-            attention_mask=torch.ones_like(begin),
-            encoder_hidden_states=states,
-            encoder_attention_mask=encoded.attention_mask,
-        ).logits[:, -1]
+        encoder = {"attention_mask": torch.ones_like(ids), "encoder_hidden_states": images}
+        states = model.text_encoder(input_ids=ids, **encoder).last_hidden_state
+        decoder = {"attention_mask": torch.ones_like(begin), "encoder_hidden_states": states}
+        logits = model.text_decoder(input_ids=begin, **decoder).logits[:, -1]
         return torch.sigmoid(logits[:, YES] - logits[:, NO]).tolist()
 
     def judge_batch(items: Sequence[Item]) -> list[Verdict]:
-        asked = [(place, phrase) for place, item in enumerate(items) for phrase in of_prompt(item)]
+        told = [of_prompt(item) for item in items]
+        asked: dict[int, list[tuple[int, int, list[int]]]] = {}  # by length: the image, the phrase's number, the question
+        for place, phrases in enumerate(told):
+            for number, phrase in enumerate(phrases):
+                ids = tokens(phrase)
+                asked.setdefault(len(ids), []).append((place, number, ids))
         pixels = normalised([squeezed(item.image) for item in items]).to(device)
         images = model.vision_model(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state
-        found: list[list[tuple[str, float]]] = [[] for _ in items]
-        for part in planned(asked, settings.batch_size):
-            places = torch.tensor([place for place, _ in part], device=device)
-            answers = p_yes(images[places], [question(phrase) for _, phrase in part])
-            for (place, phrase), probability in zip(part, answers, strict=True):
-                found[place].append((phrase, probability))
-        return [verdict(answers) for answers in found]
+        found = [[0.0] * len(phrases) for phrases in told]
+        for part in (part for same in asked.values() for part in planned(same, settings.batch_size)):
+            answers = p_yes(images[[place for place, _, _ in part]], [ids for _, _, ids in part])
+            for (place, number, _), probability in zip(part, answers, strict=True):
+                found[place][number] = probability
+        return [verdict(phrases, answers) for phrases, answers in zip(told, found, strict=True)]
 
     def of_prompt(item: Item) -> list[str]:
         try:
-            return phrases[item.prompt["prompt_id"]]
+            return known[item.prompt["prompt_id"]]
         except KeyError:
             raise UserError(
                 f"{settings.phrases}: no phrases of the prompt {item.prompt['prompt']!r}; "
                 "write the manifest with python -m stages.phrases from the prompts of this benchmark"
             ) from None
 
-    def verdict(answers: list[tuple[str, float]]) -> Verdict:
-        if not answers:
+    def verdict(phrases: list[str], answers: list[float]) -> Verdict:
+        if not phrases:
             return Verdict(None, answer="the prompt has no noun phrase")
-        told = "; ".join(f"{phrase} {probability:.4f}" for phrase, probability in answers)
-        return settings.verdict(attribute([probability for _, probability in answers]), told)
+        listed = [f"{phrase} {probability:.4f}" for phrase, probability in zip(phrases, answers, strict=True)]
+        return settings.verdict(attribute(answers), "; ".join(listed))
 
     @torch.inference_mode()
     def judge(items: Sequence[Item]) -> list[Verdict]:

@@ -1,4 +1,4 @@
-"""What the judges with a checkpoint of transformers share: their settings, their files, and loading that refuses wrong weights."""
+"""What judges with a checkpoint of transformers share: settings, files, and loading that refuses wrong weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ class CheckpointJudge(JudgeSettings):
         default=None,
         description="An image matches at this score or above. Empty: the judge only grades, which suffices for Gen.",
     )
-    device: str = Field(default="auto", description="auto, cpu, or one device such as cuda:0. auto takes a GPU if there is one.")
+    device: str = Field(
+        default="auto", description="auto, cpu, or one device such as cuda:0. auto takes a GPU if there is one."
+    )
     workers: Positive | None = Field(
         default=None, description="How many processes share the batches, one GPU each. Empty: one for each visible GPU."
     )
@@ -78,7 +80,9 @@ def load_model(kind: str, folder: str, device: str, classes: Any, model_types: S
     try:
         found = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError):
-        raise UserError(f"{config}: not a readable model configuration; set checkpoint of the judge {kind} to its folder") from None
+        raise UserError(
+            f"{config}: not a readable model configuration; set checkpoint of the judge {kind} to its folder"
+        ) from None
     if model_types and found not in model_types:
         wanted = " or ".join(model_types)
         raise UserError(f"{config}: model_type is {found!r}, but the judge {kind} needs {wanted}; set its checkpoint")
@@ -93,7 +97,9 @@ def load_model(kind: str, folder: str, device: str, classes: Any, model_types: S
         raise UserError(f"{folder}: not a checkpoint that the judge {kind} can load ({reason}); set its checkpoint") from None
     if report["missing_keys"]:
         first = min(report["missing_keys"])
-        raise UserError(f"{folder}: weights are missing ({first}), so it is no checkpoint for the judge {kind}; set its checkpoint")
+        raise UserError(
+            f"{folder}: weights are missing ({first}), so it is no checkpoint for the judge {kind}; set its checkpoint"
+        )
     return model.to(device_of(device)).eval().requires_grad_(False)
 
 
@@ -108,7 +114,9 @@ def load_tokenizer(kind: str, folder: str) -> Any:
         raise UserError(f"{folder}: no tokenizer for the judge {kind} ({reason}); fetch the whole checkpoint again") from None
 
 
-def normalised(images: Sequence[np.ndarray], mean: Sequence[float] = MEAN, deviation: Sequence[float] = DEVIATION) -> torch.Tensor:
+def normalised(
+    images: Sequence[np.ndarray], mean: Sequence[float] = MEAN, deviation: Sequence[float] = DEVIATION
+) -> torch.Tensor:
     """Return images (uint8 `[height, width, 3]`, all of one size) as float32 `[images, 3, height, width]`, normalised."""
     import numpy as np
     import torch

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Literal
 from stages.common.batches import planned
 from stages.common.errors import UserError
 from stages.judges.base import Item, Judge, JudgeKind, Verdict
-from stages.judges.checkpoint import CheckpointJudge, checkpoint_files, device_of, load_model, load_tokenizer, normalised, workers
+from stages.judges.checkpoint import (
+    CheckpointJudge,
+    checkpoint_files,
+    device_of,
+    load_model,
+    load_tokenizer,
+    normalised,
+    workers,
+)
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -103,7 +104,7 @@ def counted_nouns(prompt: str) -> list[tuple[int, str]]:
     """
     words = re.findall(r"[a-z]+|[^a-z\s]", prompt.lower())
     found = []
-    for word, after in zip(words, words[1:], strict=False):
+    for word, after in pairwise(words):
         name = after if after in SINGULAR.values() else SINGULAR.get(after)
         if word in NUMBERS and name:
             found.append((NUMBERS[word], name))
