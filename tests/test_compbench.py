@@ -783,3 +783,78 @@ def drop_weights(folder, prefix: str) -> None:
     kept = {name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}
     assert len(kept) < len(weights)
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    """Folders with a small RT-DETR of three labels and a small DPT."""
+    from transformers import DPTConfig, DPTForDepthEstimation, RTDetrResNetConfig, RTDetrV2Config, RTDetrV2ForObjectDetection
+
+    folder = tmp_path_factory.mktemp("detector")
+    backbone = RTDetrResNetConfig(
+        embeddings_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], layer_type="bottleneck",
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = RTDetrV2Config(
+        backbone_config=backbone, encoder_hidden_dim=32, encoder_in_channels=[16, 24, 32], encoder_ffn_dim=32, d_model=32,
+        encoder_attention_heads=2, num_queries=20, decoder_in_channels=[32, 32, 32], decoder_ffn_dim=32, decoder_layers=2,
+        decoder_attention_heads=2, num_denoising=0, id2label={0: "Cat", 1: "Dog", 2: "Person"},
+    )  # fmt: skip
+    import torch
+
+    torch.manual_seed(0)
+    RTDetrV2ForObjectDetection(config).save_pretrained(folder / "rt-detr")
+    depth = DPTConfig(
+        **SMALL | {"num_hidden_layers": 4}, image_size=64, patch_size=16, backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=8, is_hybrid=False,
+    )  # fmt: skip
+    DPTForDepthEstimation(depth).save_pretrained(folder / "dpt")
+    return folder
+
+
+def test_a_detector_scores_by_category(detector, tmp_path):
+    generator = np.random.default_rng(0)
+    texts = [
+        ("spatial", "a cat on the left of a dog"),
+        ("numeracy", "two cats and a woman"),
+        ("3d_spatial", "a cat behind a dog"),
+    ]
+    for category, text in texts:
+        (tmp_path / f"{category}_val.txt").write_text(text)
+    found = rows(suite(tmp_path, categories=[category for category, _ in texts]))
+    prompts = [row | {"prompt_id": f"p{i}", "source": "t2i-compbench"} for i, row in enumerate(found)]
+    drawn = generator.integers(0, 256, (6, 80, 64, 3)).astype(np.uint8)
+    write_images(tmp_path, prompts, drawn)
+    items = [Item(f"c{i:02d}", prompts[i % 3], image) for i, image in enumerate(drawn)]
+    settings = {"checkpoint": str(detector / "rt-detr"), "depth": str(detector / "dpt"), "detection_threshold": 0.01}
+    together = opened("detector", **settings)(items)
+    alone = [opened("detector", **settings, batch_size=1)([item])[0] for item in items]
+    for item, one, other in zip(items, together, alone, strict=True):
+        assert one.score == pytest.approx(other.score, abs=1e-4)
+        listed = [Detection(label, chance, tuple(box)) for label, chance, box in json.loads(one.answer)]
+        assert 0 < len(listed) <= 20
+        assert {detection.label for detection in listed} <= {"cat", "dog", "person"}
+        assert all(0 <= x0 <= x1 <= 384 and 0 <= y0 <= y1 <= 480 for x0, y0, x1, y1 in (one.box for one in listed))
+        if item.prompt["category"] == "numeracy":
+            assert one.score == rules.numeracy(listed, [(2, "cat"), (1, "woman")])
+    judged_rows = judged(tmp_path, "objects", settings | {"kind": "detector", "device": "cpu", "rules": "upstream"})
+    assert [row["answer"] for row in judged_rows] == [verdict.answer for verdict in together]
+    with pytest.raises(UserError, match="3d_spatial needs a depth model; set depth"):
+        opened("detector", **settings | {"depth": None})(items)
+    with pytest.raises(UserError, match="of category color: the judge detector scores spatial"):
+        opened("detector", **settings)([Item("c", {"prompt": "a red cat", "category": "color"}, drawn[0])])
+
+
+def test_detections_are_those_of_transformers_postprocessing():
+    from stages.judges.detector import detections_of, measured_size
+
+    logits = np.log(np.array([[0.9, 0.2], [0.1, 0.6], [0.05, 0.02]]) / (1 - np.array([[0.9, 0.2], [0.1, 0.6], [0.05, 0.02]])))
+    boxes = np.array([[0.5, 0.5, 0.2, 0.4], [0.1, 0.5, 0.4, 0.2], [0.5, 0.5, 1, 1]])
+    found = detections_of(logits, boxes, {0: "Cat", 1: "Dog"}, (100, 200), 0.15)
+    assert [one.label for one in found] == ["cat", "dog", "dog"]
+    assert [one.score for one in found] == pytest.approx([0.9, 0.6, 0.2])
+    assert [one.box for one in found] == [
+        pytest.approx((80, 30, 120, 70)), pytest.approx((0, 40, 60, 60)), pytest.approx((80, 30, 120, 70)),
+    ]  # fmt: skip
+    assert measured_size(1024, 1024) == (479, 479)
+    assert measured_size(80, 64) == (480, 384)

@@ -18,6 +18,7 @@ JUDGES = {
     "family": "stages.judges.family:FAMILY",
     "blip-vqa": "stages.judges.blip_vqa:BLIP_VQA",
     "clip-score": "stages.judges.clip_score:CLIP_SCORE",
+    "detector": "stages.judges.detector:DETECTOR",
 }
 
 

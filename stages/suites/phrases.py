@@ -39,8 +39,8 @@ CLOSED = PREPOSITIONS | OTHERS
 VERBS = words(
     "held hold holds sat sits lay lies stood sank shone sped fell flew swam grew hung wrote drove slept spun lit sold shows "
     "kept keeps told became began made makes led woke strode shines burst blew spoke sang sung hid ran came went gave gives "
-    "took takes cast provide provides provided displayed attract attracted flash reaching telling reads roasted swapped hydrated "
-    "illuminate boil decorate stir jot nibble"
+    "took takes cast provide provides provided displayed attract attracted flash reaching telling reads roasted swapped "
+    "hydrated illuminate boil decorate stir jot nibble"
 )
 # Verbs that are also nouns or adjectives: verbs only after a noun and before an article, a color or a preposition.
 EITHER = words(
