@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import textwrap
 from collections import Counter
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from stages.common import manifests
+from stages.common.config import load
 from stages.common.errors import UserError
 from stages.judges import compbench_rules as rules
 from stages.judges import judge_kind
@@ -21,7 +23,7 @@ from stages.judges.compbench_rules import Claim, Detection
 from stages.prompts import collect, prompt_id
 from stages.suites.phrases import CLOSED, DROPPED, RELATIONS, VERBS, noun_phrases
 from stages.suites.t2i_compbench import CATEGORIES, CompbenchPrompts, rows
-from tests.helpers import BENCHMARKS, done, refused, stage
+from tests.helpers import BENCHMARKS, ROOT, done, refused, stage
 from tests.test_judges import write_images
 
 PUBLISHED = BENCHMARKS / "t2i_compbench"
@@ -858,3 +860,11 @@ def test_detections_are_those_of_transformers_postprocessing():
     ]  # fmt: skip
     assert measured_size(1024, 1024) == (479, 479)
     assert measured_size(80, 64) == (480, 384)
+
+
+def test_the_configuration_in_the_documentation_is_valid(tmp_path):
+    page = (ROOT / "docs" / "evaluation.md").read_text().split("## T2I-CompBench++")[1].split("### Configuration")[1]
+    block = page[page.index("    benchmarks:") :].split("\n\n")[0]
+    (tmp_path / "config.yaml").write_text("run: x\n" + textwrap.dedent(block))
+    config = load(tmp_path / "config.yaml")
+    assert {config.judge(name).kind for name in config.benchmark_judges("compbench")} == {"blip-vqa", "detector", "clip-score"}

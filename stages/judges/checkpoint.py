@@ -121,5 +121,6 @@ def normalised(
     import numpy as np
     import torch
 
-    values = (np.stack(images).astype(np.float32) / 255 - np.float32(mean)) / np.float32(deviation)
+    values = np.stack(images).astype(np.float32) / 255
+    values = (values - np.asarray(mean, np.float32)) / np.asarray(deviation, np.float32)
     return torch.from_numpy(values).permute(0, 3, 1, 2).contiguous()
