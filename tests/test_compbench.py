@@ -54,8 +54,8 @@ def test_prompts_come_with_what_their_judges_need(tmp_path):
         {"first": "dog", "relation": "near", "second": "lamp"},
         {"first": "key", "relation": "hidden", "second": "boat"},
         {"counts": [[2, "mouse"], [1, "fish"], [3, "bird"]]},
-        {"kind": "spatial"},
-        {"kind": "both"},
+        {"kind": "spatial", "first": "hat", "relation": "next to", "second": "box"},
+        {"kind": "both", "first": "dog", "relation": "near", "second": "box"},
         {"kind": "action"},
     ]
     assert "metadata" not in found[7]
@@ -102,6 +102,8 @@ def test_the_published_prompts_are_read_and_follow_their_templates(split, size):
             assert counts
             assert all(1 <= number <= 8 for number, _ in counts)
     if split == "val":
+        known = [json.loads(row["metadata"]) for row in found if row["category"] == "complex"]
+        assert all(("relation" in one) == (one["kind"] != "action") for one in known)
         kinds = Counter(json.loads(row["metadata"])["kind"] for row in found if row["category"] == "complex")
         assert kinds == {"spatial": 58, "action": 213, "both": 29}  # upstream's lists: 58, 212 and 30
 
@@ -867,4 +869,35 @@ def test_the_configuration_in_the_documentation_is_valid(tmp_path):
     block = page[page.index("    benchmarks:") :].split("\n\n")[0]
     (tmp_path / "config.yaml").write_text("run: x\n" + textwrap.dedent(block))
     config = load(tmp_path / "config.yaml")
-    assert {config.judge(name).kind for name in config.benchmark_judges("compbench")} == {"blip-vqa", "detector", "clip-score"}
+    assert {config.judge(name).kind for name in config.benchmark_judges("compbench")} == {
+        "blip-vqa", "detector", "clip-score", "three-in-one",
+    }  # fmt: skip
+
+
+def test_three_in_one_averages_what_the_three_judges_say(blip, clip, detector, tmp_path):
+    (tmp_path / "complex_val.txt").write_text("The red cat is next to the dog.\nThe cat sat near a dog.\nThe dog ate the cat.")
+    prompts = [
+        row | {"prompt_id": f"p{i}", "source": "t2i-compbench"}
+        for i, row in enumerate(rows(suite(tmp_path, categories=["complex"])))
+    ]
+    drawn = np.random.default_rng(1).integers(0, 256, (6, 80, 64, 3)).astype(np.uint8)
+    write_images(tmp_path, prompts, drawn)
+    phrases = str(tmp_path / "phrases.parquet")
+    done("phrases", "--prompts", tmp_path / "prompts.parquet", "--by", "rules", "--out", phrases)
+    parts = {
+        "attributes": {"kind": "blip-vqa", "checkpoint": str(blip), "phrases": phrases, "device": "cpu"},
+        "relation": {"kind": "detector", "checkpoint": str(detector / "rt-detr"), "detection_threshold": 0.0, "device": "cpu"},
+        "action": {"kind": "clip-score", "checkpoint": str(clip), "device": "cpu"},
+    }
+    found = judged(tmp_path, "complex", {"kind": "three-in-one"} | parts)
+    items = [Item(f"c{i:02d}", prompts[i % 3], image) for i, image in enumerate(drawn)]
+    for place, (item, row) in enumerate(zip(items, found, strict=True)):
+        wanted = [["attributes", "relation"], ["attributes", "relation", "action"], ["attributes", "action"]][place % 3]
+        kinds = {name: {key: value for key, value in parts[name].items() if key not in ("kind", "device")} for name in wanted}
+        scores = [opened(parts[name]["kind"], **kinds[name])([item])[0].score for name in wanted]
+        assert row["score"] == pytest.approx(sum(scores) / len(scores), abs=1e-4)
+        assert row["answer"].startswith(["spatial: ", "both: ", "action: "][place % 3])
+        assert row["verdict"] is None
+    with pytest.raises(UserError, match="prompt 'a red cat': the judge three-in-one scores only complex"):
+        opened_three = judge_kind("three-in-one")
+        opened_three.open(opened_three.settings(kind="three-in-one", **parts))([Item("c", {"prompt": "a red cat"}, drawn[0])])

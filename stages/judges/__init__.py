@@ -19,6 +19,7 @@ JUDGES = {
     "blip-vqa": "stages.judges.blip_vqa:BLIP_VQA",
     "clip-score": "stages.judges.clip_score:CLIP_SCORE",
     "detector": "stages.judges.detector:DETECTOR",
+    "three-in-one": "stages.judges.three_in_one:THREE_IN_ONE",
 }
 
 

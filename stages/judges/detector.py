@@ -79,15 +79,16 @@ def score(item: Item, found: list[Detection], depth: np.ndarray | None, upstream
     known = json.loads(item.prompt.get("metadata") or "{}")
     if category == "numeracy" and known.get("counts"):
         return rules.numeracy(found, [(number, name) for number, name in known["counts"]])
-    if category == "spatial" and "relation" in known:
-        return (rules.spatial_upstream if upstream else rules.spatial)(found, Claim(**known))
+    if category in ("spatial", "complex") and "relation" in known:
+        claim = Claim(known["first"], known["relation"], known["second"])
+        return (rules.spatial_upstream if upstream else rules.spatial)(found, claim)
     if category == "3d_spatial" and "relation" in known:
         if depth is None:
             raise UserError(f"prompt {prompt!r}: 3d_spatial needs a depth model; set depth of the judge detector")
         return (rules.spatial_3d_upstream if upstream else rules.spatial_3d)(found, Claim(**known), depth)
     raise UserError(
-        f"prompt {prompt!r} of category {category}: the judge detector scores spatial, 3d_spatial and numeracy of source "
-        "t2i-compbench; name it in scorers for these categories only"
+        f"prompt {prompt!r} of category {category}: the judge detector scores spatial, 3d_spatial and numeracy, and "
+        "the relations of complex, of source t2i-compbench; name it in scorers for these categories only"
     )
 
 

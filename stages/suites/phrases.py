@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import re
 
+from stages.judges.compbench_rules import Claim, relation_in
+
 LONGEST = 8  # phrases of a prompt that count
 DROPPED = ("top", "the side", "the left", "the right")  # upstream's list; "the top" stays
 
@@ -109,6 +111,19 @@ def noun_phrases(prompt: str) -> list[str]:
             phrases[-1].append(word)
     named = [phrase for phrase in phrases if not set(phrase) <= ARTICLES and not set(phrase) <= ADJECTIVES]
     return counted([" ".join(phrase).replace(" ,", ",") for phrase in named])
+
+
+def complex_claim(prompt: str) -> Claim | None:
+    """Return the relation of a prompt of complex between its subject and the next phrase; None where it has none.
+
+    The last word of a phrase is its noun. Upstream takes the noun before the relation and the first noun after it, so that "on
+    top of the brown coat rack" is about a coat there, and about a rack here.
+    """
+    relation = relation_in(prompt)
+    if relation is None:
+        return None
+    before, after = (noun_phrases(part) for part in prompt.lower().split(relation, 1))
+    return Claim(before[0].split()[-1], relation, after[0].split()[-1]) if before and after else None
 
 
 def counted(phrases: list[str]) -> list[str]:

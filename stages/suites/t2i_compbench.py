@@ -13,6 +13,7 @@ from stages.common.errors import UserError
 from stages.judges.compbench_rules import complex_kind, counted_nouns, spatial_claim
 from stages.suites.base import PromptRow, PromptSource, Suite
 from stages.suites.files import text_lines
+from stages.suites.phrases import complex_claim
 
 Category = Literal["color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex"]
 CATEGORIES: list[Category] = ["color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex"]
@@ -35,7 +36,7 @@ def files(settings: CompbenchPrompts) -> list[str]:
 
 
 def metadata(category: str, prompt: str) -> dict[str, object]:
-    """Return what a prompt's judge needs: first, relation and second; counts as [[number, singular]]; or the kind of complex.
+    """Return what a prompt's judge needs: first, relation and second; counts as [[number, singular]]; the kind of complex.
 
     It is empty where the prompt does not follow its category's template; its images then cannot be judged by detections.
     """
@@ -44,7 +45,11 @@ def metadata(category: str, prompt: str) -> dict[str, object]:
         return asdict(claim) if claim else {}
     if category == "numeracy":
         return {"counts": counted_nouns(prompt)}
-    return {"kind": complex_kind(prompt)} if category == "complex" else {}
+    if category == "complex":
+        kind = complex_kind(prompt)
+        claim = None if kind == "action" else complex_claim(prompt)
+        return {"kind": kind} | (asdict(claim) if claim else {})
+    return {}
 
 
 def rows(settings: CompbenchPrompts) -> list[PromptRow]:
