@@ -298,6 +298,9 @@ def two(first: str, second: str, boxes=(LEFT, RIGHT), scores=(0.8, 0.6)) -> list
         (two("cat", "dog"), Claim("cat", "on the top of", "dog"), 0, 0),
         (two("cat", "dog", ((0, 0, 50, 50), (0, 60, 50, 99))), Claim("cat", "on top of", "dog"), 0, 0.85),
         (two("person", "person"), Claim("girl", "on the left of", "boy"), 0, 0.85),  # upstream takes one person twice
+        (two("girl", "boy"), Claim("boy", "on the right of", "girl"), 0, 0.85),
+        (two("girl", "girl"), Claim("girl", "on the left of", "boy"), 0, 0),
+        (two("girl", "boy"), Claim("person", "on the left of", "man"), 0, 0),
         (two("cell phone", "cattle, cow"), Claim("phone", "on the left of", "cow"), 0, 0.85),
         (two("cat", "cat"), Claim("cat", "near", "dog"), 0, 0),
         ([], Claim("cat", "near", "dog"), 0, 0),

@@ -50,7 +50,7 @@ RENAMED = dict.fromkeys(PEOPLE, "person") | {"ship": "boat", "goldfish": "fish",
 SYNONYMS = (
     {"sofa", "couch"}, {"phone", "cell phone", "mobile phone", "telephone"}, {"cow", "cattle"}, {"wallet", "wallet/purse"},
     {"table", "dining table", "coffee table"}, {"bag", "handbag", "handbag/satchel"}, {"television", "tv", "monitor/tv"},
-    {"painting", "picture", "picture/frame", "picture frame"}, {"computer", "laptop"}, {"person", *PEOPLE},
+    {"painting", "picture", "picture/frame", "picture frame"}, {"computer", "laptop"},
 )  # fmt: skip
 
 
@@ -147,8 +147,12 @@ def as_person(noun: str) -> str:
 
 
 def names(noun: str) -> set[str]:
-    """Return the labels that mean the noun in the mended variants: itself and its synonyms."""
-    return {noun, as_person(noun)}.union(*(group for group in SYNONYMS if noun in group))
+    """Return the labels that mean the noun in the mended variants: itself, its synonyms, and for people also person.
+
+    A boy is no girl, but each of them is a person.
+    """
+    people = PEOPLE if noun == "person" else ()
+    return {noun, as_person(noun), *people}.union(*(group for group in SYNONYMS if noun in group))
 
 
 def shows(detection: Detection, noun: str) -> bool:
