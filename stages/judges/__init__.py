@@ -19,6 +19,10 @@ JUDGES = {
     "geneval-hf": "stages.judges.geneval:GENEVAL",
     "vlm": "stages.judges.vlm:VLM",
     "openai": "stages.judges.endpoint:OPENAI",
+    "blip-vqa": "stages.judges.blip_vqa:BLIP_VQA",
+    "clip-score": "stages.judges.clip_score:CLIP_SCORE",
+    "detector": "stages.judges.detector:DETECTOR",
+    "three-in-one": "stages.judges.three_in_one:THREE_IN_ONE",
 }
 
 
