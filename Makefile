@@ -1,7 +1,6 @@
 # make run: set up and run the embedded default. make test: set up and pass the tests.
 PYTHON ?= python3
 CORES ?= 2
-, := ,
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -75,20 +74,22 @@ runs_of = $(VALIDATION_SEEDS:%=results/$(1)-%)
 
 # The grid from which the settings of config.yaml are chosen; writes docs/tuning.csv and docs/guidance.jsonl.
 tune: setup
-	@for scale in 1 1.5 2 3; do \
+	@mkdir -p results; for scale in 1 1.5 2 3; do \
 		$(BIN)/python -m stages.shapes.measure --seeds 1 --guidance-scale $$scale || exit 1; \
-	done > docs/guidance.jsonl
+	done > results/guidance.jsonl && mv results/guidance.jsonl docs/guidance.jsonl
 	@$(call validated,tune,configs/tune.yaml)
 	$(BIN)/python -m stages.tools.study --runs $(call runs_of,tune) --out docs/tuning.csv
 
 # The ablations of the paper and some more: first learning curves, which say when Gen. stalls, then all arms, then a second round
 # of the whole loop with the model that the first one has trained, and drawing under guidance. Writes docs/ablations*.
+STALL = arms="{c-sft-stall: {objective: sft, epochs: 6, replay_epochs: [$$epoch]}}"
+SECOND = model="{checkpoint: results/ablations-$$seed/sft/checkpoint}"
 ablations: setup
 	@$(call validated,ablations-curves,configs/learning_curves.yaml)
 	@epoch=$$($(BIN)/python -m stages.tools.stall --curves $(VALIDATION_SEEDS:%=results/ablations-curves-%/learning_curves.csv) \
 		--arm sft) || exit 1; echo "Gen. stalls after epoch $$epoch."; \
-	$(call validated,ablations,configs/ablations.yaml,arms="{c-sft-stall: {objective: sft$(,) epochs: 6$(,) replay_epochs: [$$epoch]}}")
-	@$(call validated,ablations-second,configs/second-round.yaml,model="{checkpoint: results/ablations-$$seed/sft/checkpoint}")
+	$(call validated,ablations,configs/ablations.yaml,$(STALL))
+	@$(call validated,ablations-second,configs/second-round.yaml,$(SECOND))
 	@$(call validated,ablations-guided,configs/guided.yaml)
 	$(BIN)/python -m stages.tools.study --runs $(call runs_of,ablations) --out docs/ablations.csv \
 		--contrasts docs/ablation-contrasts.csv --plot docs/ablations.png

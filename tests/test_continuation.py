@@ -46,6 +46,7 @@ def uninterrupted(small_inputs, tmp_path_factory):
     return arguments, folder
 
 
+@pytest.mark.slow
 def test_killed_at_ten_random_steps_it_ends_with_the_same_bytes(uninterrupted, tmp_path):
     arguments, folder = uninterrupted
     generator = random.Random(0)

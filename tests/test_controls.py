@@ -200,6 +200,7 @@ def read(results: Path, name: str, kind: str) -> list[dict]:
     return manifests.read_rows(sorted(results.glob(name)), kind)
 
 
+@pytest.mark.slow
 def test_controls_have_the_rows_of_what_they_control(controlled):
     source, folder, _ = controlled
     arms = ("sft-nobody", "sft-truth", "dpo-nobody", "dpo-truth")

@@ -199,6 +199,22 @@ def test_row_losses_are_the_likelihood_for_the_same_draws(name, family, drawn, c
     assert found.sft.requires_grad
 
 
+def test_a_row_without_a_prompt_is_one_that_no_prompt_changes(name, family, drawn, checkpoint, sampling, tmp_path):
+    view = family.training_view()
+    pictures = stored(drawn, tmp_path, name, checkpoint, sampling).pictures([f"c{place}" for place in range(len(PROMPTS))])
+    if view.token_rows:
+        rows = [prompt for prompt, _ in view.token_rows.ids(PROMPTS, pictures)]
+        bare = [view.token_rows.unconditional(row) for row in rows]
+        assert all(row != prompt for row, prompt in zip(bare, rows, strict=True))
+        assert len({tuple(row) for row in bare}) == len({len(row) for row in rows})
+    else:
+        losses = [
+            view.losses(view.model, prompts, pictures, seeds(len(PROMPTS))).sft for prompts in ([""] * len(PROMPTS), PROMPTS)
+        ]
+        assert losses[0].isfinite().all()
+        assert not torch.allclose(*losses)
+
+
 def test_save_then_load_is_the_same_model(name, family, drawn, sampling, tmp_path):
     family.save(tmp_path / "copy")
     assert (tmp_path / "copy" / describe(name).trained_file).is_file()

@@ -210,13 +210,14 @@ def test_runs_that_do_not_belong_together_are_refused(runs, tmp_path):
         study.open_runs([runs[0], again])
 
 
-def test_every_arm_of_a_claim_is_in_the_study():
-    fields = merged(
-        yaml.safe_load((ROOT / "config.yaml").read_text()), yaml.safe_load((ROOT / "configs/study.yaml").read_text())
-    )
-    config = validate(fields)
-    assert list(config.benchmarks) == ["test"]
-    assert {arm for _, arm, against, _ in study.CLAIMS for arm in (arm, against)} == {"base", *config.arms}
+def test_the_claims_are_about_the_arms_of_the_study_and_of_the_ablations():
+    default = yaml.safe_load((ROOT / "config.yaml").read_text())
+    overlays = [yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text()) for name in ("study", "ablations")]
+    measured, ablated = (validate(merged(default, overlay)) for overlay in overlays)
+    assert list(measured.benchmarks) == ["test"]
+    assert list(ablated.benchmarks) == ["validation"]
+    arms = {arm for _, arm, against, _ in study.CLAIMS for arm in (arm, against)}
+    assert arms == {"base", "c-sft-stall", *measured.arms, *ablated.arms}  # make ablations adds c-sft-stall
 
 
 def test_the_epoch_at_which_an_arm_stalls_is_read_from_its_curves(tmp_path):

@@ -67,6 +67,7 @@ def test_a_family_without_codes_goes_through_the_whole_loop(source, tmp_path):
         "arms": {
             "dpo": {"objective": "dpo", "epochs": 2},
             "c-dpo": {"objective": "dpo", "epochs": 2, "replay_epochs": [1]},
+            "sft": {"objective": "sft", "epochs": 2, "train": {"prompt_dropout": 0.5}},
         },
     }
     config.write_text(yaml.safe_dump(fields, sort_keys=False))
@@ -80,11 +81,11 @@ def test_a_family_without_codes_goes_through_the_whole_loop(source, tmp_path):
     assert any(len(pandas.read_parquet(path)) for path in replayed), "no prompt was recovered, so replay was not tried"
     reference = pandas.read_parquet(results / "dpo/reference.parquet")
     assert {len(values) for values in reference.reference_chosen} == {2}  # one for each epoch of the longest arm
-    for arm in ("dpo", "c-dpo"):
+    for arm in ("dpo", "c-dpo", "sft"):
         assert (results / arm / "checkpoint/flow/weights.safetensors").exists()
         assert (results / arm / "checkpoint/judge/weights.safetensors").exists()
     summary = pandas.read_csv(results / "summary.csv")
-    assert set(summary.arm) == {"base", "dpo", "c-dpo"}
+    assert set(summary.arm) == {"base", "dpo", "c-dpo", "sft"}
     overall = summary[(summary.arm == "base") & (summary.category == "overall")].set_index("benchmark")
     assert pandas.isna(overall.gen["val"])  # without a judge there is only Non.
     assert 0 < overall.gen["light"] < 100

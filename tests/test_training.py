@@ -267,8 +267,7 @@ def test_an_anchored_judge_forgets_less(small_inputs, tmp_path):
     assert "judge_anchor" not in losses(tmp_path / "0.0")
 
 
-def test_judging_data_alone_teach_the_verdicts_and_leave_the_image_loss_alone(small_inputs, tmp_path):
-    """With targets of yes and no, a judge that was undecided becomes certain."""
+def test_training_on_its_own_verdicts_alone_makes_the_judge_more_certain(small_inputs, tmp_path):
     images, questions, before = judged(small_inputs)
     alone = {"image_weight": 0.0, "judge_anchor_weight": 1.0, "judge_anchor_target": "verdict"}
     arguments = prepare(tmp_path, small_inputs, "sft", 30, learning_rate=3e-4, save_every_steps=1000, **alone)

@@ -150,23 +150,23 @@ def sample_count(grid: np.ndarray, rng: np.random.Generator) -> tuple[str, str] 
     return (group.phrase().split(" ", 1)[1], NUMBERS[count] if count else "no") if count <= max(NUMBERS) else None
 
 
-def specified(meaning: Meaning, grid: np.ndarray, rng: np.random.Generator) -> Meaning:
+def specified(meaning: Meaning, grid: np.ndarray, rng: np.random.Generator) -> Meaning | None:
     """Return the meaning with the color or the texture of one object of the scene, in a group that had left it free.
 
     Whether it is true depends on which objects have that color or texture: "three red stars" where one star of three is red.
-    The meaning is returned as it is if the result is not in the grammar.
+    None if the group already has one, or if the result is not in the grammar.
     """
     which = int(rng.integers(len(meaning.groups)))
     attribute = ("color", "texture")[rng.integers(2)]
     if getattr(meaning.groups[which], attribute):
-        return meaning
+        return None
     _, color, texture = decode_kind(rng.choice(grid[grid > 0]))
     value = COLOR_NAMES[color] if attribute == "color" else TEXTURES[texture]
     groups = list(meaning.groups)
     change: dict[str, Any] = {attribute: value}
     groups[which] = replace(groups[which], **change)
     other = Meaning(category_of(tuple(groups), meaning.relation), tuple(groups), meaning.relation)
-    return other if other in _members(other.category, other.split()) else meaning
+    return other if other in _members(other.category, other.split()) else None
 
 
 def sample_questions(rng: np.random.Generator, split: str, count: int, simple: float = 0.0) -> list[Judged]:
@@ -192,6 +192,7 @@ def sample_questions(rng: np.random.Generator, split: str, count: int, simple: f
     pool = split_meanings(meaning.category, split)
     while len(asked) < count:
         form = rng.integers(8)
+        other: Meaning | None
         if form == 0:
             other, kind = pool[rng.integers(len(pool))], ""
         elif form <= 2:
@@ -202,6 +203,6 @@ def sample_questions(rng: np.random.Generator, split: str, count: int, simple: f
             other = changed(original, kind, which, rng)
             if kind == "relation" and original.relation and rng.random() < 0.5:
                 other = replace(original, relation=INVERSE[original.relation])
-        if other.split() == split:
+        if other and other.split() == split:
             asked.append(Judged(other, grid, oracle.matches(other, grid), kind))
     return asked

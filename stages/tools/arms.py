@@ -38,7 +38,7 @@ class Replay:
     node: the checkpoint after whose epoch the data joins.
     draws, judges: the node that draws the pool and the one that judges it; "base", or None if nothing is drawn.
     before: the arm's earlier replays.
-    like: with by nobody, the model's own replay, which says how many rows join.
+    like: if nothing is drawn, the model's own replay, which says how many rows join; otherwise None.
     """
 
     name: str

@@ -100,7 +100,6 @@ CLAIMS: list[tuple[str, str, str, tuple[str, ...]]] = (
             ("training on judgements too", "sft-and-judging", "sft"),
             ("acceptance from 0.5", "sft-accept-50", "sft"),
             ("acceptance from 0.7", "sft-accept-70", "sft"),
-            ("acceptance from 0.85", "sft-accept-85", "sft"),
             ("acceptance from 0.95", "sft-accept-95", "sft"),
             ("DPO without the loss of the chosen image", "dpo-nll-0", "dpo"),
             ("beta 0.03 instead of 0.1", "dpo-beta-03", "dpo"),

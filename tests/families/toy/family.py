@@ -19,11 +19,12 @@ PIXELS = SIDE * SIDE * 3
 
 
 def texts(prompts: list[str]) -> torch.Tensor:
-    """Return each prompt as the mean of a fixed random vector for each of its words, `[n, WORDS]`."""
+    """Return each prompt as the mean of a fixed random vector for each of its words, `[n, WORDS]`; zeros without a word."""
     rows = []
     for prompt in prompts:
         seeds = [int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big") for word in prompt.split()]
-        rows.append(np.mean([np.random.default_rng(seed).standard_normal(WORDS) for seed in seeds], axis=0))
+        vectors = [np.random.default_rng(seed).standard_normal(WORDS) for seed in seeds]
+        rows.append(np.mean(vectors, axis=0) if vectors else np.zeros(WORDS))
     return torch.tensor(np.array(rows))
 
 
