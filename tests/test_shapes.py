@@ -24,8 +24,8 @@ from stages.shapes.grammar import (
     split_meanings,
 )
 from stages.shapes.measure import tables
-from stages.shapes.sampling import minimal_pairs, sample_count, sample_meaning, specified
-from stages.shapes.scenes import COLOR_NAMES, KINDS, SHAPES, decode_kind, encode_kind, render
+from stages.shapes.sampling import minimal_pairs, sample_meaning
+from stages.shapes.scenes import KINDS, decode_kind, encode_kind, render
 
 
 def test_oracle_reads_every_tile_in_every_cell():
@@ -127,31 +127,7 @@ def test_an_error_of_drawing_is_one_change_and_often_makes_the_prompt_false():
         after = perturb_scene(before, meaning, rng)
         assert 1 <= (before != after).sum() <= 2
         wrong.append(not oracle.matches(meaning, after))
-    assert np.mean(wrong) > 0.7
-
-
-def test_the_training_is_told_the_number_of_objects_that_fit():
-    grid = np.zeros((4, 4), dtype=np.int16)
-    grid[0] = [encode_kind(0, 0, 0), encode_kind(0, 0, 1), encode_kind(0, 1, 0), encode_kind(1, 1, 0)]
-    shapes, colors = SHAPES[:2], COLOR_NAMES[:2]
-    answers = dict(sample_count(grid, np.random.default_rng(seed)) for seed in range(300))
-    plural = [shape + ("es" if shape == "cross" else "s") for shape in shapes]
-    assert answers[plural[0]] == "three"
-    assert answers[f"{colors[0]} {plural[0]}"] == "two"
-    assert answers[f"{colors[1]} {plural[0]}"] == answers[f"{colors[1]} {plural[1]}"] == "a"
-    assert answers[f"{colors[0]} {plural[1]}"] == "no"
-
-
-def test_a_specified_meaning_has_the_color_or_the_texture_of_an_object_of_the_scene():
-    rng, labels = np.random.default_rng(6), []
-    for _ in range(500):
-        meaning = sample_meaning(rng, "validation", category="numeracy")
-        grid = sample_scene(meaning, rng)
-        other = specified(meaning, grid, rng)
-        if other:
-            assert sum(g != h for g, h in zip(meaning.groups, other.groups, strict=True)) == 1
-            labels.append(oracle.matches(other, grid))
-    assert 0.05 < np.mean(labels) < 0.6
+    assert np.mean(wrong) > 0.6
 
 
 @pytest.mark.parametrize("kind", ERRORS)

@@ -156,15 +156,13 @@ def meanings(category: str) -> tuple[Meaning, ...]:
         "shape": lambda: [groups for n in (1, 2, 3, 4) for groups in itertools.permutations(bare, n)],
         "spatial": list,
         "numeracy": lambda: [
-            *((replace(g, count=n),) for n in (2, 3, 4, 5) for g in bare + colored + textured + full),
+            *((Group(n, group.shape),) for n in (2, 3, 4, 5) for group in bare),
             *(
-                (replace(a, count=n), replace(b, count=m))
-                for a in bare + colored
-                for b in bare
-                if a.shape != b.shape
-                for n in (1, 2, 3, 4)
-                for m in (1, 2, 3, 4)
-                if 2 < n + m <= 5
+                tuple(Group(n, group.shape) for n, group in zip(counts, groups, strict=True))
+                for size in (2, 3)
+                for groups in itertools.permutations(bare, size)
+                for counts in itertools.product((1, 2, 3, 4), repeat=size)
+                if size < sum(counts) <= 6
             ),
         ],
         "complex": lambda: [(a, b) for a in full for b in colored if a.shape != b.shape or a.color != b.color],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +12,6 @@ from stages.shapes.grammar import (
     CATEGORIES,
     ERRORS,
     INVERSE,
-    NUMBERS,
     RELATIONS,
     Group,
     Meaning,
@@ -28,8 +26,6 @@ from stages.shapes.scenes import COLOR_NAMES, GRID, SHAPES, TEXTURES, decode_kin
 
 # How often questions ask for each kind of error, where it is possible: the harder it is to see, the more often.
 HARDNESS = {"shape": 1, "color": 2, "texture": 3, "number": 2, "relation": 4}
-# Of which categories scenes are asked about. That each of several objects has its color is learned last.
-ASKED = (*CATEGORIES, "numeracy")
 
 
 @dataclass
@@ -99,11 +95,11 @@ def describe(grid: np.ndarray, split: str, rng: np.random.Generator) -> Meaning 
         sorts: dict[int, list[tuple[int, int, int]]] = {}
         for place in order:
             sorts.setdefault(int(place) if apart else objects[place][0], []).append(objects[place])
+        described = len(sorts) == len(objects)  # prompts about numbers name shapes only
         groups = []
         for alike in sorts.values():
             shape, color, texture = alike[0]
-            colored = rng.random() < 0.5 and all(other[1] == color for other in alike)
-            textured = rng.random() < 0.4 and all(other[2] == texture for other in alike)
+            colored, textured = described and rng.random() < 0.5, described and rng.random() < 0.4
             groups.append(
                 Group(
                     len(alike), SHAPES[shape], COLOR_NAMES[color] if colored else None, TEXTURES[texture] if textured else None
@@ -138,46 +134,15 @@ def sample_place(grid: np.ndarray, rng: np.random.Generator) -> tuple[str, str] 
     return group.phrase().split(" ", 1)[1], f"{across} {down}"
 
 
-def sample_count(grid: np.ndarray, rng: np.random.Generator) -> tuple[str, str] | None:
-    """Return a phrase for objects of a scene and how many fit it: "red stars", "two". None if there are more than five.
-
-    Shape, color and texture are those of random objects, so it happens that no object has all of them; the answer is then "no".
-    """
-    shape, color, texture = (decode_kind(value)[i] for i, value in enumerate(rng.choice(grid[grid > 0], 3)))
-    named = rng.random(2) < 0.5
-    group = Group(2, SHAPES[shape], COLOR_NAMES[color] if named[0] else None, TEXTURES[texture] if named[1] else None)
-    count = sum(group.fits(value) for value in grid[grid > 0])
-    return (group.phrase().split(" ", 1)[1], NUMBERS[count] if count else "no") if count <= max(NUMBERS) else None
-
-
-def specified(meaning: Meaning, grid: np.ndarray, rng: np.random.Generator) -> Meaning | None:
-    """Return the meaning with the color or the texture of one object of the scene, in a group that had left it free.
-
-    Whether it is true depends on which objects have that color or texture: "three red stars" where one star of three is red.
-    None if the group already has one, or if the result is not in the grammar.
-    """
-    which = int(rng.integers(len(meaning.groups)))
-    attribute = ("color", "texture")[rng.integers(2)]
-    if getattr(meaning.groups[which], attribute):
-        return None
-    _, color, texture = decode_kind(rng.choice(grid[grid > 0]))
-    value = COLOR_NAMES[color] if attribute == "color" else TEXTURES[texture]
-    groups = list(meaning.groups)
-    change: dict[str, Any] = {attribute: value}
-    groups[which] = replace(groups[which], **change)
-    other = Meaning(category_of(tuple(groups), meaning.relation), tuple(groups), meaning.relation)
-    return other if other in _members(other.category, other.split()) else None
-
-
 def sample_questions(rng: np.random.Generator, split: str, count: int, simple: float = 0.0) -> list[Judged]:
     """Return `count` questions about one scene, with the oracle's answers.
 
     The scene shows a random meaning of the split, in seven of ten cases with one or two random errors like those of a model
     that draws. The first question asks for that meaning, and a third of all questions ask for other true descriptions. Of the
-    rest, five in eight change one thing in one of these meanings, as often as HARDNESS says and half of the relations to their
-    opposite. Two in eight add a color or a texture (see `specified`), and one in eight asks for another meaning.
+    rest, six in seven change one thing in one of these meanings, as often as HARDNESS says and half of the relations to their
+    opposite. One in seven asks for another meaning.
     """
-    meaning = sample_meaning(rng, split, simple, ASKED[rng.integers(len(ASKED))])
+    meaning = sample_meaning(rng, split, simple)
     grid = sample_scene(meaning, rng)
     for _ in range(rng.choice(3, p=(0.3, 0.4, 0.3))):
         grid = perturb_scene(grid, meaning, rng)
@@ -191,18 +156,14 @@ def sample_questions(rng: np.random.Generator, split: str, count: int, simple: f
     kinds = [kind for kind in ERRORS for _ in range(HARDNESS[kind]) if places[kind]]
     pool = split_meanings(meaning.category, split)
     while len(asked) < count:
-        form = rng.integers(8)
-        other: Meaning | None
-        if form == 0:
+        if rng.integers(7) == 0:
             other, kind = pool[rng.integers(len(pool))], ""
-        elif form <= 2:
-            other, kind = specified(known[rng.integers(len(known))], grid, rng), ""
         else:
             kind = kinds[rng.integers(len(kinds))]
             original, which = places[kind][rng.integers(len(places[kind]))]
             other = changed(original, kind, which, rng)
             if kind == "relation" and original.relation and rng.random() < 0.5:
                 other = replace(original, relation=INVERSE[original.relation])
-        if other and other.split() == split:
+        if other.split() == split:
             asked.append(Judged(other, grid, oracle.matches(other, grid), kind))
     return asked

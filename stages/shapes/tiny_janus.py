@@ -19,7 +19,6 @@ from stages.shapes.scenes import CELL, COLOR_NAMES, GRID, SHAPES, SIZE, TEXTURES
 QUESTION = "does this image show {prompt} ?"
 CAPTION = "what does this image show ?"
 PLACE = "where is the {phrase} ?"
-COUNT = "how many {phrase} ?"
 CODES = 128
 SPECIAL = {
     "pad_token": "<pad>",
@@ -48,7 +47,6 @@ def vocabulary() -> list[str]:
         *CAPTION.split(),
         *["the", "score", "is", "of", "image", "picture"],
         *PLACE.format(phrase="").split(),
-        *COUNT.format(phrase="").split(),
         "same",
     ]
     return list(dict.fromkeys(words))

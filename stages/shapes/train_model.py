@@ -8,8 +8,7 @@ The work folder holds the image tokenizer and the vision encoder (steps 1 and 2)
 - judging: image and question -> 1 or 0. Several questions concern the same scene: its prompt, other true descriptions, and
   prompts in which one thing is changed (see `sample_questions`). The oracle labels them.
 - captioning: image -> a true prompt. The judge then learns colours and textures much sooner.
-- telling: image and question -> where one of two objects is from the other, or how many objects fit a phrase. The judge learns
-  relations from the former, and from the latter that each of several objects must have the color.
+- telling: image and question -> where one of two objects is from the other. The judge learns relations from it.
 
 Each task's loss is averaged separately, because in a common mean over tokens the few answers would have hardly any weight. A
 step has more judged pairs than drawings, because an answer teaches one bit and a drawing sixteen codes: this mixture, and the
@@ -34,9 +33,9 @@ from stages.families.janus.family import Janus
 from stages.families.janus.training import looked_at
 from stages.shapes.grammar import sample_scene
 from stages.shapes.measure import measure
-from stages.shapes.sampling import Judged, sample_count, sample_meaning, sample_place, sample_questions
+from stages.shapes.sampling import Judged, sample_meaning, sample_place, sample_questions
 from stages.shapes.scenes import render
-from stages.shapes.tiny_janus import CAPTION, COUNT, PLACE, QUESTION, make_config, make_processor
+from stages.shapes.tiny_janus import CAPTION, PLACE, QUESTION, make_config, make_processor
 from stages.shapes.train_encoder import noisy
 
 SPLIT = "pretraining"
@@ -82,7 +81,7 @@ def drawing_loss(model: JanusForConditionalGeneration, ids: torch.Tensor, starts
 
 
 def looking_losses(family: Janus, scenes: list[list[Judged]], rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
-    """Return the losses of judging, of captioning and of telling where an object is or how many there are.
+    """Return the losses of judging, of captioning and of telling where an object is.
 
     scenes: for each scene the questions about it, the same number for all. Each image is read once, and its questions continue
     from the cached keys and values. Right and wrong prompts weigh the same in the loss of judging, whatever their numbers. The
@@ -104,10 +103,9 @@ def looking_losses(family: Janus, scenes: list[list[Judged]], rng: np.random.Gen
         told = tokenizer.encode(true[rng.integers(len(true))].prompt(), add_special_tokens=False) if true else []
         rows.append([*describe[shared:], *told, end])
         known.append(len(told) + 1 if true else 0)
-        place, count = sample_place(asked[0].grid, rng), sample_count(asked[0].grid, rng)
-        phrase, answer = place or count or ("", "")
+        phrase, answer = sample_place(asked[0].grid, rng) or ("", "")
         told = [*tokenizer.encode(answer, add_special_tokens=False), end]
-        rows.append([*family._question_ids((PLACE if place else COUNT).format(phrase=phrase))[shared:], *told])
+        rows.append([*family._question_ids(PLACE.format(phrase=phrase))[shared:], *told])
         known.append(len(told) if answer else 0)
     pixels = family._pixels(noisy(render(np.stack([asked[0].grid for asked in scenes])), rng))
     seen = looked_at(model, pixels, torch.tensor([ask[:shared]] * len(scenes)))
