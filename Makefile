@@ -4,7 +4,7 @@ CORES ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup run test test-all test-slurm cluster lint format study tune ablations tiny-model
+.PHONY: setup run test test-all test-slurm cluster lint format study tune ablations tiny-model serve-env
 
 setup: $(STAMP)
 
@@ -32,6 +32,12 @@ cluster: setup
 
 test-slurm: setup
 	$(BIN)/python -m pytest -m slurm
+
+# `transformers serve` in an environment of its own, for tests/test_transformers_serve.py: it needs torchvision, and with that a
+# CUDA build of torch (5 GB), which also runs without a GPU.
+serve-env:
+	test -x .venv-serve/bin/python || $(PYTHON) -m venv .venv-serve
+	.venv-serve/bin/pip install --quiet torch==2.14.1 torchvision==0.29.1 'transformers[serving]==5.23.0' accelerate
 
 lint: setup
 	$(BIN)/ruff check .

@@ -55,6 +55,12 @@ SCHEMAS: dict[str, dict[str, Column]] = {
         "difficulty": optional(TEXT, description="easy, medium or hard, where the benchmark defines it."),
         "metadata": optional(TEXT, description="JSON that the suite's judges need."),
     },
+    "phrases": {
+        "prompt_id": required(TEXT, description="The prompt."),
+        "prompt": required(TEXT, description="Its text."),
+        "phrases": required(pa.list_(pa.string()), description="Its noun phrases in lower case, at most eight."),
+        "made_by": required(TEXT, description="spacy, rules, or who corrected the row."),
+    },
     "prompt_sets": {
         "set": required(TEXT, description="The set of prompts: train, or a benchmark's name."),
         "category": required(TEXT, description="The category of its suite."),

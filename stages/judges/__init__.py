@@ -16,6 +16,13 @@ JUDGES = {
     "shapes": "stages.judges.shapes:SHAPES",
     "table": "stages.judges.table:TABLE",
     "family": "stages.judges.family:FAMILY",
+    "geneval-hf": "stages.judges.geneval:GENEVAL",
+    "vlm": "stages.judges.vlm:VLM",
+    "openai": "stages.judges.endpoint:OPENAI",
+    "blip-vqa": "stages.judges.blip_vqa:BLIP_VQA",
+    "clip-score": "stages.judges.clip_score:CLIP_SCORE",
+    "detector": "stages.judges.detector:DETECTOR",
+    "three-in-one": "stages.judges.three_in_one:THREE_IN_ONE",
 }
 
 

@@ -16,6 +16,7 @@ SUITES = {
     "shapes": "stages.suites.shapes:SHAPES",
     "text": "stages.suites.text:TEXT",
     "geneval": "stages.suites.geneval:GENEVAL",
+    "t2i-compbench": "stages.suites.t2i_compbench:T2I_COMPBENCH",
 }
 
 

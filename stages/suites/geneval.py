@@ -1,4 +1,8 @@
-"""GenEval's prompts as a suite, from its metadata file. Its own scorer, an object detector, is not part of this suite."""
+"""GenEval's prompts as a suite, from its metadata file.
+
+Which judges suit it: geneval-hf, an object detector with GenEval's rules, or a table with the verdicts of upstream's own
+detector. Both are configured in the section judges, because they need files; docs/evaluation.md shows how.
+"""
 
 from __future__ import annotations
 
