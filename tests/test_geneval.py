@@ -489,11 +489,9 @@ def test_what_the_verdicts_depend_on(checkpoints):
     assert one.outcome() == other.outcome() == {"kind": "geneval-hf", "dtype": "float32"}
     assert (kind.workers(one), kind.workers(other)) == (1, 3)
     assert kind.gpu
-    files = [path.rsplit("/", 2)[1:] for path in kind.files(one)]
-    assert files == [
-        *(["detector", name] for name in ("config.json", "preprocessor_config.json", "model.safetensors")),
-        *(["clip", name] for name in ("config.json", "preprocessor_config.json", "model.safetensors", "tokenizer.json")),
-    ]
+    files = {path.split("checkpoints", 1)[1].split("/", 1)[1] for path in kind.files(one)}
+    weights = {f"{part}/{name}" for part in ("detector", "clip") for name in ("config.json", "model.safetensors")}
+    assert files >= weights | {"detector/preprocessor_config.json", "clip/preprocessor_config.json", "clip/tokenizer.json"}
     used = {name.split("@")[0] for name in code("stages.judge", mentioned=["JUDGES[geneval-hf]"])}
     assert {"stages/judges/geneval.py", "stages/judges/geneval_rules.py"} <= used
 
@@ -520,14 +518,17 @@ def edit(path, **fields) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda at: shutil.rmtree(at / "detector"), r"detector/config.json: not found; give a local folder of facebook/"),
-        (lambda at: (at / "clip/preprocessor_config.json").unlink(), r"clip/preprocessor_config.json: not found; .* as clip"),
+        (lambda at: shutil.rmtree(at / "detector"), r"detector/config.json: not found; set detector of .* folder of facebook/"),
+        (
+            lambda at: (at / "clip/preprocessor_config.json").unlink(),
+            r"clip/preprocessor_config.json: not found; set clip of the judge geneval-hf",
+        ),
         (lambda at: (at / "clip/config.json").write_text("{"), r"clip/config.json: not a model configuration"),
         (
             lambda at: edit(at / "detector/config.json", model_type="maskformer"),
             r"model_type is 'maskformer', not 'mask2former'",
         ),
-        (lambda at: (at / "clip/tokenizer.json").unlink(), r"clip: no tokenizer .* as clip"),
+        (lambda at: (at / "clip/tokenizer.json").unlink(), r"clip: no tokenizer .* set clip of"),
         (lambda at: (at / "clip/model.safetensors").rename(at / "clip/model.bin"), r"clip: only pickled weights"),
     ],
 )
@@ -548,21 +549,21 @@ def test_a_folder_of_another_model_is_refused_before_anything_is_loaded(change, 
         ),
         (
             lambda at: rewritten(at / "detector/model.safetensors", lambda weights: weights.pop("class_predictor.bias")),
-            r"detector: weights of 1 parameters are missing, such as class_predictor.bias; fetch facebook/",
+            r"detector: 1 weights are missing, such as class_predictor.bias; set detector",
         ),
         (
             lambda at: rewritten(
                 at / "clip/model.safetensors",
                 lambda weights: weights.update({"visual_projection.weight": weights["visual_projection.weight"][:1].clone()}),
             ),
-            r"clip: the checkpoint does not load \([^\n]*\); fetch openai/",
+            r"clip: its model does not load \([^\n]*\); set clip of .* openai/",
         ),
         (
             lambda at: (at / "clip/model.safetensors").write_bytes(b"no weights"),
-            r"clip: the checkpoint does not load \([^\n]*\); fetch openai/",
+            r"clip: its model does not load \([^\n]*\); set clip of .* openai/",
         ),
-        (lambda at: (at / "clip/tokenizer.json").write_text("{}"), r"clip: no tokenizer of CLIP loads"),
-        (lambda at: (at / "detector/preprocessor_config.json").write_text("{"), r"detector: the checkpoint does not load"),
+        (lambda at: (at / "clip/tokenizer.json").write_text("{}"), r"clip: its tokenizer does not load"),
+        (lambda at: (at / "detector/preprocessor_config.json").write_text("{"), r"detector: its image processor does not load"),
     ],
 )
 def test_a_checkpoint_that_would_judge_at_random_is_refused(change, words, broken):
@@ -579,7 +580,7 @@ def test_the_stage_ends_with_one_message_on_a_wrong_folder(checkpoints, tmp_path
     configure(tmp_path, swapped={"kind": "geneval-hf", **swapped})
     arguments = ["--prompts", tmp_path / "prompts.parquet", "--candidates", tmp_path / "candidates.parquet"]
     result = stage("judge", "--config", tmp_path / "config.yaml", "--judge", "swapped", *arguments, "--out", tmp_path / "out")
-    refused(result, "clip/config.json: model_type is 'clip', not 'mask2former'", "as detector")
+    refused(result, "clip/config.json: model_type is 'clip', not 'mask2former'", "set detector")
 
 
 def test_the_configuration_is_checked_without_the_models(tmp_path):
