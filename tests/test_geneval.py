@@ -30,6 +30,7 @@ from stages.judges.geneval_rules import (
 )
 from tests.helpers import done, refused, stage
 from tests.test_judges import configure, write_images
+from tests.tiny_judges import write_tiny_geneval
 
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 WAYS = (0.1, 0.1, 0.6, 0.2)  # of random scores: near a threshold, equal, above both thresholds, anywhere
@@ -278,45 +279,7 @@ def test_prompts_without_metadata_of_geneval_are_named(metadata, words):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """The folders of a small Mask2Former whose random class scores are far apart, and of a small CLIP."""
-    import torch
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Mask2FormerConfig, SwinConfig
-    from transformers import Mask2FormerForUniversalSegmentation as Mask2Former
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-    from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
-
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("checkpoints")
-    stages = [f"stage{number}" for number in range(1, 5)]
-    swin = SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[2] * 4, window_size=2, image_size=64, out_features=stages)
-    sizes = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "dim_feedforward": 32}
-    layers = {"encoder_feedforward_dim": 32, "encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2}
-    config = Mask2FormerConfig(backbone_config=swin, num_queries=24, **sizes, **layers)
-    config.id2label = dict(enumerate(CLASSES))
-    detector = Mask2Former(config).eval()
-    with torch.no_grad():
-        detector.class_predictor.weight.mul_(400)
-        for parameter in detector.model.transformer_module.decoder.mask_predictor.parameters():
-            parameter.mul_(3)
-    detector.save_pretrained(folder / "detector")
-    Mask2FormerImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder / "detector")
-
-    characters = [chr(number) for number in range(33, 127)]
-    tokens = [*characters, *(character + "</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[])
-    ends = {"bos_token_id": len(tokens) - 2, "eos_token_id": len(tokens) - 1, "pad_token_id": len(tokens) - 1}
-    part = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = part | {"vocab_size": len(tokens), "max_position_embeddings": 77} | ends
-    vision = part | {"image_size": 32, "patch_size": 8}
-    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
-    with torch.no_grad():
-        for parameter in clip.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3)
-    clip.save_pretrained(folder / "clip")
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder / "clip")
-    tokenizer.save_pretrained(folder / "clip")
-    return folder
+    return write_tiny_geneval(tmp_path_factory.mktemp("checkpoints"))
 
 
 def pictures(count: int, height: int, width: int, seed: int = 0) -> np.ndarray:
