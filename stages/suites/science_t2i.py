@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import Field
 
 from stages.common.errors import UserError
@@ -73,9 +75,6 @@ def table_rows(path: Path) -> list[dict[str, str]]:
 
 def parquet_rows(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     """Return the place and the fields of each row. Only the columns of text are read: those of images have a gigabyte."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
         there = pq.read_schema(path).names
         if missing := [name for name in NEEDED if name not in there]:
