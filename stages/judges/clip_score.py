@@ -53,7 +53,7 @@ def open_cosines(settings: CheckpointJudge, truncate: bool) -> tuple[Cosines, fl
     """Load a CLIP: a function from images and as many texts to the cosine of each pair, and the scale of CLIP's logits.
 
     The function takes uint8 `[height, width, 3]` of any sizes, in batches of `batch_size`. truncate: whether a text that is too
-    long is cut; otherwise it raises UserError. The scale is exp(logit_scale), which training keeps at 100 or below.
+    long is cut; otherwise it raises UserError. The scale is exp(logit_scale), about 100 in trained models.
     """
     import torch
     from transformers import CLIPModel

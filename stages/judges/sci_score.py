@@ -15,8 +15,8 @@ from stages.judges.base import Item, Judge, JudgeKind, Verdict
 from stages.judges.checkpoint import CheckpointJudge, workers
 from stages.judges.clip_score import files, open_cosines
 
-# The SciScore at which the score is 1. CLIP's training keeps exp(logit_scale), which no SciScore exceeds, at 100 or below. So
-# Gen., the mean score in percent, is the mean SciScore of published tables, about 25.
+# The SciScore at which the score is 1. Trained scales are about 100 and cosines reach about 0.35, so SciScores reach about 35.
+# With 100 here, Gen. (the mean score in percent) is the mean SciScore as in published tables, such as 24.49.
 LARGEST = 100.0
 
 
