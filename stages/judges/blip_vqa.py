@@ -129,7 +129,9 @@ def open_blip(settings: BlipVqaJudge) -> Judge:
 
 
 def files(settings: BlipVqaJudge) -> list[str]:
-    """Return the noun phrases and the files of the checkpoint."""
+    """Return the noun phrases and the files of the checkpoint. Raises UserError where either is missing."""
+    if not Path(settings.phrases).is_file():
+        raise UserError(f"{settings.phrases}: no such file; write the prompts' noun phrases with python -m stages.phrases")
     return [settings.phrases, *checkpoint_files(settings.checkpoint, remedy_of(settings.kind), MODELS, tokenizer=True)]
 
 
