@@ -25,6 +25,7 @@ from stages.suites.phrases import CLOSED, DROPPED, RELATIONS, VERBS, noun_phrase
 from stages.suites.t2i_compbench import CATEGORIES, CompbenchPrompts, rows
 from tests.helpers import BENCHMARKS, ROOT, done, refused, stage
 from tests.test_judges import write_images
+from tests.tiny_judges import write_tiny_blip, write_tiny_clip, write_tiny_detector
 
 PUBLISHED = BENCHMARKS / "t2i_compbench"
 published = pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the benchmark's prompt files are not beside the repository")
@@ -532,57 +533,19 @@ def test_products_and_means_agree_with_an_independent_formulation():
 # The judges, on the real classes with small random weights
 
 
-def randomise(model, seed: int) -> None:
-    """Give the model weights that are large enough for its answers to differ."""
-    import torch
-
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.25)
-
-
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
 @pytest.fixture(scope="module")
 def blip(tmp_path_factory):
-    """A folder with a small BLIP that has BLIP's vocabulary."""
-    from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering
-
-    folder = tmp_path_factory.mktemp("blip")
-    words = [f"[unused{number}]" for number in range(30522)]
-    for number, word in {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 2748: "yes", 2053: "no"}.items():
-        words[number] = word
-    for number, letter in enumerate("abcdefghijklmnopqrstuvwxyz?,'-"):
-        words[1000 + number], words[1100 + number] = letter, f"##{letter}"
-    BertTokenizer(vocab={word: number for number, word in enumerate(words)}).save_pretrained(folder)
-    config = BlipConfig(
-        text_config=SMALL | {"vocab_size": 30524, "encoder_hidden_size": 32, "projection_dim": 16},
-        vision_config=SMALL | {"image_size": 384, "patch_size": 96},
-    )
-    model = BlipForQuestionAnswering(config)
-    randomise(model, 0)
-    model.save_pretrained(folder)
-    return folder
+    return write_tiny_blip(tmp_path_factory.mktemp("blip"))
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A folder with a small CLIP whose tokens are letters."""
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+    return write_tiny_clip(tmp_path_factory.mktemp("clip"))
 
-    folder = tmp_path_factory.mktemp("clip")
-    letters = "abcdefghijklmnopqrstuvwxyz.,"
-    names = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    CLIPTokenizer(vocab={name: number for number, name in enumerate(names)}, merges=[]).save_pretrained(folder)
-    text = SMALL | {"vocab_size": len(names), "bos_token_id": len(names) - 2, "eos_token_id": len(names) - 1}
-    model = CLIPModel(
-        CLIPConfig(text_config=text, vision_config=SMALL | {"image_size": 64, "patch_size": 16}, projection_dim=16)
-    )
-    randomise(model, 1)
-    model.save_pretrained(folder)
-    return folder
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    return write_tiny_detector(tmp_path_factory.mktemp("detector"))
 
 
 PROMPTS = [
@@ -755,20 +718,22 @@ def test_a_prompt_that_is_too_long_for_clip_is_named(clip, images):
 def test_wrong_checkpoints_are_refused_in_one_message(blip, clip, images, tmp_path):
     folder, _ = images
     phrases = {"phrases": str(folder / "phrases.parquet")}
-    with pytest.raises(UserError, match=r"config.json: model_type is 'blip', but the judge clip-score needs clip; set"):
+    with pytest.raises(
+        UserError, match=r"config.json: model_type is 'blip', not 'clip'; set checkpoint of the judge clip-score"
+    ):
         opened("clip-score", checkpoint=str(blip))
     absent = {"kind": "blip-vqa", "checkpoint": str(tmp_path / "absent"), "device": "cpu"} | phrases
     refused(run_judge(folder, "attributes", absent), "absent", "blip-vqa")
     pickled = copied(clip, tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-    with pytest.raises(UserError, match="pickled: no safetensors; convert"):
+    with pytest.raises(UserError, match=r"pickled: only pickled weights \(pytorch_model.bin\); .* Convert"):
         opened("clip-score", checkpoint=str(pickled))
-    with pytest.raises(UserError, match=r"model_type is 'clip', but the judge blip-vqa needs blip"):
+    with pytest.raises(UserError, match=r"model_type is 'clip', not 'blip'; set checkpoint of the judge blip-vqa"):
         opened("blip-vqa", checkpoint=str(clip), **phrases)
-    refused(run_judge(folder, "attributes", absent | {"checkpoint": str(clip)}), "model_type is 'clip'", "blip-vqa needs blip")
+    refused(run_judge(folder, "attributes", absent | {"checkpoint": str(clip)}), "model_type is 'clip'", "judge blip-vqa")
     without = copied(blip, tmp_path / "caption")  # such as a model of captions, which has no text encoder
     drop_weights(without, "text_encoder.")
-    with pytest.raises(UserError, match=r"caption: weights are missing \(text_encoder"):
+    with pytest.raises(UserError, match=r"caption: [0-9]+ weights are missing, such as text_encoder"):
         opened("blip-vqa", checkpoint=str(without), **phrases)
     small = copied(blip, tmp_path / "small")
     tokenizer = json.loads((small / "tokenizer.json").read_text())
@@ -790,33 +755,6 @@ def drop_weights(folder, prefix: str) -> None:
     kept = {name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}
     assert len(kept) < len(weights)
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-@pytest.fixture(scope="module")
-def detector(tmp_path_factory):
-    """Folders with a small RT-DETR of three labels and a small DPT."""
-    from transformers import DPTConfig, DPTForDepthEstimation, RTDetrResNetConfig, RTDetrV2Config, RTDetrV2ForObjectDetection
-
-    folder = tmp_path_factory.mktemp("detector")
-    backbone = RTDetrResNetConfig(
-        embeddings_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], layer_type="bottleneck",
-        out_features=["stage2", "stage3", "stage4"],
-    )  # fmt: skip
-    config = RTDetrV2Config(
-        backbone_config=backbone, encoder_hidden_dim=32, encoder_in_channels=[16, 24, 32], encoder_ffn_dim=32, d_model=32,
-        encoder_attention_heads=2, num_queries=20, decoder_in_channels=[32, 32, 32], decoder_ffn_dim=32, decoder_layers=2,
-        decoder_attention_heads=2, num_denoising=0, id2label={0: "Cat", 1: "Dog", 2: "Person"},
-    )  # fmt: skip
-    import torch
-
-    torch.manual_seed(0)
-    RTDetrV2ForObjectDetection(config).save_pretrained(folder / "rt-detr")
-    depth = DPTConfig(
-        **SMALL | {"num_hidden_layers": 4}, image_size=64, patch_size=16, backbone_out_indices=[0, 1, 2, 3],
-        neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=8, is_hybrid=False,
-    )  # fmt: skip
-    DPTForDepthEstimation(depth).save_pretrained(folder / "dpt")
-    return folder
 
 
 def test_a_detector_scores_by_category(detector, tmp_path):

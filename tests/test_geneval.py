@@ -30,6 +30,7 @@ from stages.judges.geneval_rules import (
 )
 from tests.helpers import done, refused, stage
 from tests.test_judges import configure, write_images
+from tests.tiny_judges import write_tiny_geneval
 
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 WAYS = (0.1, 0.1, 0.6, 0.2)  # of random scores: near a threshold, equal, above both thresholds, anywhere
@@ -278,45 +279,7 @@ def test_prompts_without_metadata_of_geneval_are_named(metadata, words):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """The folders of a small Mask2Former whose random class scores are far apart, and of a small CLIP."""
-    import torch
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Mask2FormerConfig, SwinConfig
-    from transformers import Mask2FormerForUniversalSegmentation as Mask2Former
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-    from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
-
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("checkpoints")
-    stages = [f"stage{number}" for number in range(1, 5)]
-    swin = SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[2] * 4, window_size=2, image_size=64, out_features=stages)
-    sizes = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "dim_feedforward": 32}
-    layers = {"encoder_feedforward_dim": 32, "encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2}
-    config = Mask2FormerConfig(backbone_config=swin, num_queries=24, **sizes, **layers)
-    config.id2label = dict(enumerate(CLASSES))
-    detector = Mask2Former(config).eval()
-    with torch.no_grad():
-        detector.class_predictor.weight.mul_(400)
-        for parameter in detector.model.transformer_module.decoder.mask_predictor.parameters():
-            parameter.mul_(3)
-    detector.save_pretrained(folder / "detector")
-    Mask2FormerImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder / "detector")
-
-    characters = [chr(number) for number in range(33, 127)]
-    tokens = [*characters, *(character + "</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[])
-    ends = {"bos_token_id": len(tokens) - 2, "eos_token_id": len(tokens) - 1, "pad_token_id": len(tokens) - 1}
-    part = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = part | {"vocab_size": len(tokens), "max_position_embeddings": 77} | ends
-    vision = part | {"image_size": 32, "patch_size": 8}
-    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
-    with torch.no_grad():
-        for parameter in clip.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3)
-    clip.save_pretrained(folder / "clip")
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder / "clip")
-    tokenizer.save_pretrained(folder / "clip")
-    return folder
+    return write_tiny_geneval(tmp_path_factory.mktemp("checkpoints"))
 
 
 def pictures(count: int, height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -489,11 +452,9 @@ def test_what_the_verdicts_depend_on(checkpoints):
     assert one.outcome() == other.outcome() == {"kind": "geneval-hf", "dtype": "float32"}
     assert (kind.workers(one), kind.workers(other)) == (1, 3)
     assert kind.gpu
-    files = [path.rsplit("/", 2)[1:] for path in kind.files(one)]
-    assert files == [
-        *(["detector", name] for name in ("config.json", "preprocessor_config.json", "model.safetensors")),
-        *(["clip", name] for name in ("config.json", "preprocessor_config.json", "model.safetensors", "tokenizer.json")),
-    ]
+    files = {path.split("checkpoints", 1)[1].split("/", 1)[1] for path in kind.files(one)}
+    weights = {f"{part}/{name}" for part in ("detector", "clip") for name in ("config.json", "model.safetensors")}
+    assert files >= weights | {"detector/preprocessor_config.json", "clip/preprocessor_config.json", "clip/tokenizer.json"}
     used = {name.split("@")[0] for name in code("stages.judge", mentioned=["JUDGES[geneval-hf]"])}
     assert {"stages/judges/geneval.py", "stages/judges/geneval_rules.py"} <= used
 
@@ -520,14 +481,17 @@ def edit(path, **fields) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda at: shutil.rmtree(at / "detector"), r"detector/config.json: not found; give a local folder of facebook/"),
-        (lambda at: (at / "clip/preprocessor_config.json").unlink(), r"clip/preprocessor_config.json: not found; .* as clip"),
+        (lambda at: shutil.rmtree(at / "detector"), r"detector/config.json: not found; set detector of .* folder of facebook/"),
+        (
+            lambda at: (at / "clip/preprocessor_config.json").unlink(),
+            r"clip/preprocessor_config.json: not found; set clip of the judge geneval-hf",
+        ),
         (lambda at: (at / "clip/config.json").write_text("{"), r"clip/config.json: not a model configuration"),
         (
             lambda at: edit(at / "detector/config.json", model_type="maskformer"),
             r"model_type is 'maskformer', not 'mask2former'",
         ),
-        (lambda at: (at / "clip/tokenizer.json").unlink(), r"clip: no tokenizer .* as clip"),
+        (lambda at: (at / "clip/tokenizer.json").unlink(), r"clip: no tokenizer .* set clip of"),
         (lambda at: (at / "clip/model.safetensors").rename(at / "clip/model.bin"), r"clip: only pickled weights"),
     ],
 )
@@ -548,21 +512,21 @@ def test_a_folder_of_another_model_is_refused_before_anything_is_loaded(change, 
         ),
         (
             lambda at: rewritten(at / "detector/model.safetensors", lambda weights: weights.pop("class_predictor.bias")),
-            r"detector: weights of 1 parameters are missing, such as class_predictor.bias; fetch facebook/",
+            r"detector: 1 weights are missing, such as class_predictor.bias; set detector",
         ),
         (
             lambda at: rewritten(
                 at / "clip/model.safetensors",
                 lambda weights: weights.update({"visual_projection.weight": weights["visual_projection.weight"][:1].clone()}),
             ),
-            r"clip: the checkpoint does not load \([^\n]*\); fetch openai/",
+            r"clip: its model does not load \([^\n]*\); set clip of .* openai/",
         ),
         (
             lambda at: (at / "clip/model.safetensors").write_bytes(b"no weights"),
-            r"clip: the checkpoint does not load \([^\n]*\); fetch openai/",
+            r"clip: its model does not load \([^\n]*\); set clip of .* openai/",
         ),
-        (lambda at: (at / "clip/tokenizer.json").write_text("{}"), r"clip: no tokenizer of CLIP loads"),
-        (lambda at: (at / "detector/preprocessor_config.json").write_text("{"), r"detector: the checkpoint does not load"),
+        (lambda at: (at / "clip/tokenizer.json").write_text("{}"), r"clip: its tokenizer does not load"),
+        (lambda at: (at / "detector/preprocessor_config.json").write_text("{"), r"detector: its image processor does not load"),
     ],
 )
 def test_a_checkpoint_that_would_judge_at_random_is_refused(change, words, broken):
@@ -579,7 +543,7 @@ def test_the_stage_ends_with_one_message_on_a_wrong_folder(checkpoints, tmp_path
     configure(tmp_path, swapped={"kind": "geneval-hf", **swapped})
     arguments = ["--prompts", tmp_path / "prompts.parquet", "--candidates", tmp_path / "candidates.parquet"]
     result = stage("judge", "--config", tmp_path / "config.yaml", "--judge", "swapped", *arguments, "--out", tmp_path / "out")
-    refused(result, "clip/config.json: model_type is 'clip', not 'mask2former'", "as detector")
+    refused(result, "clip/config.json: model_type is 'clip', not 'mask2former'", "set detector")
 
 
 def test_the_configuration_is_checked_without_the_models(tmp_path):

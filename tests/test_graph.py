@@ -94,14 +94,19 @@ def test_a_file_of_ones_own_is_laid_over_a_preset(tmp_path):
     result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     refused(result, "checkpoints/Janus-Pro-7B: no such checkpoint folder")  # the preset's
     prompts = yaml.safe_load((ROOT / "configs/janus-pro-7b.yaml").read_text())["prompts"]
-    (tmp_path / "prompts").mkdir()
-    for number, name in enumerate([*prompts["files"], *prompts["exclude"]]):
+    (tmp_path / prompts["folder"]).mkdir(parents=True)
+    for number, name in enumerate(prompts["exclude"]):
         (tmp_path / name).write_text(f"a thing of number {number}\n")
-    mine = {"run": "mine", "model": {"checkpoint": str(TINY)}, "generate": {"shards": 2}}
+        (tmp_path / name.replace("_val", "_train")).write_text(f"a training thing of number {number}\n")
+    benchmarks = {"t2i-compbench": None, "geneval": None, "science-t2i": None}
+    benchmarks["own"] = {"prompts": {"source": "text", "files": prompts["exclude"]}}
+    mine = {"run": "mine", "model": {"checkpoint": str(TINY)}, "generate": {"shards": 2}, "benchmarks": benchmarks}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(mine))
     result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "results/mine/c-dpo/checkpoint" in result.stdout
+    assert "results/mine/c-dpo/metrics/own.parquet" in result.stdout
+    assert "geneval" not in result.stdout
 
 
 def test_overlapping_prompts_are_refused_before_anything_is_drawn(tmp_path):

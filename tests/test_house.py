@@ -1,6 +1,7 @@
 """Consistency of the repository: dependency pins, the generated schema, light imports, and fingerprints."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -60,6 +61,12 @@ def test_every_key_of_the_configuration_has_a_description_in_a_sentence():
         for name, field in section.model_fields.items():
             if name not in ("source", "kind"):
                 assert field.description and field.description[-1] == ".", f"{section.__name__}.{name}"
+
+
+def test_the_page_on_evaluation_lists_every_suite_and_judge():
+    tables = (ROOT / "docs/evaluation.md").read_text().split("\n## ")[0]
+    listed = set(re.findall(r"^\| \[?`([a-z0-9-]+)`", tables, re.MULTILINE))
+    assert listed == {*SUITES, *JUDGES}
 
 
 LIGHT = (

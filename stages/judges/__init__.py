@@ -21,6 +21,7 @@ JUDGES = {
     "openai": "stages.judges.endpoint:OPENAI",
     "blip-vqa": "stages.judges.blip_vqa:BLIP_VQA",
     "clip-score": "stages.judges.clip_score:CLIP_SCORE",
+    "sci-score": "stages.judges.sci_score:SCI_SCORE",
     "detector": "stages.judges.detector:DETECTOR",
     "three-in-one": "stages.judges.three_in_one:THREE_IN_ONE",
 }

@@ -26,10 +26,12 @@ from stages.judges.checkpoint import (
     load_model,
     load_tokenizer,
     normalised,
+    remedy_of,
     workers,
 )
 from stages.judges.compbench_rules import attribute
 
+MODELS = ("blip",)  # model_type
 SIDE = 480  # pixels; images are squeezed to squares
 TOKENS = 35  # of a question, with [ENC] and [SEP]
 ENCODE, DECODE, YES, NO = 30523, 30522, 2748, 2053  # [ENC], [DEC], yes and no in BLIP's vocabulary of 30524 tokens
@@ -61,8 +63,9 @@ def open_blip(settings: BlipVqaJudge) -> Judge:
     from transformers import BlipForQuestionAnswering
 
     known = read_phrases(Path(settings.phrases))
-    tokenizer = load_tokenizer(settings.kind, settings.checkpoint)
-    model = load_model(settings.kind, settings.checkpoint, settings.device, BlipForQuestionAnswering, ["blip"])
+    remedy = remedy_of(settings.kind)
+    tokenizer = load_tokenizer(settings.checkpoint, remedy)
+    model = load_model(settings.checkpoint, remedy, settings.device, BlipForQuestionAnswering, MODELS)
     device = device_of(settings.device)
     vocabulary = model.config.text_config.vocab_size
     if vocabulary <= ENCODE or tokenizer.convert_tokens_to_ids(["yes", "no"]) != [YES, NO]:
@@ -125,10 +128,17 @@ def open_blip(settings: BlipVqaJudge) -> Judge:
     return judge
 
 
+def files(settings: BlipVqaJudge) -> list[str]:
+    """Return the noun phrases and the files of the checkpoint. Raises UserError where either is missing."""
+    if not Path(settings.phrases).is_file():
+        raise UserError(f"{settings.phrases}: no such file; write the prompts' noun phrases with python -m stages.phrases")
+    return [settings.phrases, *checkpoint_files(settings.checkpoint, remedy_of(settings.kind), MODELS, tokenizer=True)]
+
+
 BLIP_VQA = JudgeKind(
     BlipVqaJudge,
     open_blip,
-    files=lambda settings: [settings.phrases, *checkpoint_files(settings.checkpoint)],
+    files=files,
     workers=workers,
     gpu=True,
     batch_size=64,

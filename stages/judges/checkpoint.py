@@ -1,4 +1,4 @@
-"""What judges with a checkpoint of transformers share: settings, files, and loading that refuses wrong weights."""
+"""What judges with checkpoints of transformers share: settings, files, and loading that refuses wrong weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from stages import families
 from stages.common.errors import UserError
-from stages.common.settings import Positive, Share
+from stages.common.settings import Model, Positive, Share
+from stages.families.tools.checkpoints import require_safetensors
 from stages.judges.base import JudgeSettings, Verdict
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 # The mean and standard deviation of CLIP's training images, which BLIP uses as well.
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+PROCESSOR = "preprocessor_config.json"
+TOKENIZERS = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"))  # the files of a tokenizer, one of these
 
 
 class CheckpointJudge(JudgeSettings):
@@ -45,19 +49,9 @@ class CheckpointJudge(JudgeSettings):
         return Verdict(None if self.threshold is None else score >= self.threshold, score, answer)
 
 
-def workers(settings: CheckpointJudge) -> int:
-    """Return how many processes share the batches: `workers`, or the number of visible GPUs."""
-    import torch
-
-    if settings.workers is not None:
-        return settings.workers
-    return max(1, torch.cuda.device_count()) if settings.device == "auto" else 1
-
-
-def checkpoint_files(folder: str) -> list[str]:
-    """Return the files of a checkpoint that a judge's verdicts depend on."""
-    found = [str(path) for path in Path(folder).glob("*") if path.suffix in (".json", ".txt", ".safetensors")]
-    return sorted(found) or [str(Path(folder) / "config.json")]
+def workers(settings: Any) -> int:
+    """Return how many processes share the batches: `workers` of the settings, or the number of GPUs that `device` may use."""
+    return families.workers(Model(device=settings.device, workers=settings.workers))
 
 
 def device_of(name: str) -> str:
@@ -67,51 +61,89 @@ def device_of(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def load_model(kind: str, folder: str, device: str, classes: Any, model_types: Sequence[str] = ()) -> Any:
-    """Load a whole model in float32 for inference.
+# Its files
 
-    kind: the judge's kind, for messages. classes: the class of transformers that loads it. model_types: the accepted model_type
-    of config.json; empty accepts whatever the class accepts. Raises UserError on a folder without such a checkpoint, and where
-    weights are missing, which transformers would draw at random.
+
+def remedy_of(kind: str) -> str:
+    """Return what a user should do about a wrong folder in the setting `checkpoint` of a judge of this kind."""
+    return f"set checkpoint of the judge {kind} to the folder of another one"
+
+
+def checkpoint_files(
+    folder: str, remedy: str, model_types: Sequence[str] = (), *, tokenizer: bool = False, processor: bool = False
+) -> list[str]:
+    """Return the files of a checkpoint that a judge's verdicts depend on. Neither torch nor the weights are loaded.
+
+    remedy: what the user should do, which ends every message. model_types: the accepted model_type of config.json; empty
+    accepts all. tokenizer, processor: whether the judge reads the checkpoint's tokenizer and its image processor. Raises
+    UserError on a folder without such a checkpoint.
+    """
+    place = Path(folder)
+    try:
+        found = json.loads((place / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except OSError:
+        raise UserError(f"{place}/config.json: not found; {remedy}") from None
+    except (ValueError, AttributeError):
+        raise UserError(f"{place}/config.json: not a model configuration; {remedy}") from None
+    if model_types and found not in model_types:
+        raise UserError(f"{place}/config.json: model_type is {found!r}, not {' or '.join(map(repr, model_types))}; {remedy}")
+    require_safetensors(place, remedy)
+    if tokenizer and not any(all((place / name).is_file() for name in names) for names in TOKENIZERS):
+        raise UserError(f"{place}: no tokenizer ({', or '.join(' and '.join(names) for names in TOKENIZERS)}); {remedy}")
+    if processor and not (place / PROCESSOR).is_file():
+        raise UserError(f"{place / PROCESSOR}: not found; {remedy}")
+    return sorted(str(path) for path in place.glob("*") if path.suffix in (".json", ".txt", ".safetensors"))
+
+
+# What is loaded from it
+
+
+def load(what: str, folder: str, remedy: str, classes: Any, **options: Any) -> Any:
+    """Return what `from_pretrained` of a class of transformers makes of a folder. Raises UserError where it makes nothing."""
+    from safetensors import SafetensorError
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of loading weights; stages have their own
+    try:
+        return classes.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}: its {what} does not load ({reason}); {remedy}") from None
+
+
+def load_model(
+    folder: str, remedy: str, device: str, classes: Any, model_types: Sequence[str] = (), dtype: str = "float32"
+) -> Any:
+    """Load a whole model for inference.
+
+    device: auto, cpu or a device of torch. classes: the class of transformers that loads it. model_types, remedy: see
+    `checkpoint_files`. Raises UserError on a folder without such a checkpoint, and where weights are missing, which
+    transformers would draw at random. Buffers may be missing, except for the statistics of normalisation: they are tables that
+    the class computes.
     """
     import torch
 
-    config = Path(folder) / "config.json"
-    try:
-        found = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        raise UserError(
-            f"{config}: not a readable model configuration; set checkpoint of the judge {kind} to its folder"
-        ) from None
-    if model_types and found not in model_types:
-        wanted = " or ".join(model_types)
-        raise UserError(f"{config}: model_type is {found!r}, but the judge {kind} needs {wanted}; set its checkpoint")
-    if not any(Path(folder).glob("*.safetensors")):
-        raise UserError(f"{folder}: no safetensors; convert the weights with save_pretrained where you trust them")
-    try:
-        model, report = classes.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder}: not a checkpoint that the judge {kind} can load ({reason}); set its checkpoint") from None
-    if report["missing_keys"]:
-        first = min(report["missing_keys"])
-        raise UserError(
-            f"{folder}: weights are missing ({first}), so it is no checkpoint for the judge {kind}; set its checkpoint"
-        )
+    checkpoint_files(folder, remedy, model_types)
+    options = {"dtype": getattr(torch, dtype), "use_safetensors": True, "output_loading_info": True}
+    model, report = load("model", folder, remedy, classes, **options)
+    statistics = {name for name, _ in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
+    if lost := sorted(set(report["missing_keys"]) & {*statistics, *(name for name, _ in model.named_parameters())}):
+        raise UserError(f"{folder}: {len(lost)} weights are missing, such as {lost[0]}; {remedy}")
     return model.to(device_of(device)).eval().requires_grad_(False)
 
 
-def load_tokenizer(kind: str, folder: str) -> Any:
-    """Load a checkpoint's tokenizer. Raises UserError where it is missing."""
+def load_tokenizer(folder: str, remedy: str, classes: Any = None) -> Any:
+    """Load a checkpoint's tokenizer, of any class unless one is given. Raises UserError where it is missing or broken."""
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder}: no tokenizer for the judge {kind} ({reason}); fetch the whole checkpoint again") from None
+    checkpoint_files(folder, remedy, tokenizer=True)  # without its files transformers would make up an empty one
+    return load("tokenizer", folder, remedy, classes or AutoTokenizer)
+
+
+def load_processor(folder: str, remedy: str, classes: Any) -> Any:
+    """Load a checkpoint's image processor. Raises UserError where it is missing or broken."""
+    checkpoint_files(folder, remedy, processor=True)
+    return load("image processor", folder, remedy, classes)
 
 
 def normalised(

@@ -18,13 +18,22 @@ from stages.common.errors import UserError
 from stages.common.settings import Share
 from stages.judges import compbench_rules as rules
 from stages.judges.base import Item, Judge, JudgeKind, Verdict
-from stages.judges.checkpoint import CheckpointJudge, checkpoint_files, device_of, load_model, normalised, workers
+from stages.judges.checkpoint import (
+    CheckpointJudge,
+    checkpoint_files,
+    device_of,
+    load_model,
+    normalised,
+    remedy_of,
+    workers,
+)
 from stages.judges.compbench_rules import Claim, Detection
 
 if TYPE_CHECKING:
     import numpy as np
 
 DETECTORS = ("d_fine", "rt_detr", "rt_detr_v2")  # they share their preprocessing and the meaning of their output
+DEPTHS, DEPTH_REMEDY = ("dpt",), "set depth of the judge detector to the folder of another one, or remove it"
 SIDE = 640  # pixels; these detectors see squares
 SHORT, LONG = 479, 480  # pixels; upstream measures boxes in images of this size
 
@@ -100,10 +109,11 @@ def open_detector(settings: DetectorJudge) -> Judge:
     from transformers import AutoModelForDepthEstimation, AutoModelForObjectDetection
 
     device = device_of(settings.device)
-    model = load_model(settings.kind, settings.checkpoint, settings.device, AutoModelForObjectDetection, DETECTORS)
+    remedy = remedy_of(settings.kind)
+    model = load_model(settings.checkpoint, remedy, settings.device, AutoModelForObjectDetection, DETECTORS)
     deep = None
     if settings.depth is not None:
-        deep = load_model(settings.kind, settings.depth, settings.device, AutoModelForDepthEstimation, ["dpt"])
+        deep = load_model(settings.depth, DEPTH_REMEDY, settings.device, AutoModelForDepthEstimation, DEPTHS)
 
     def squeezed(image: np.ndarray, side: int, how: Image.Resampling) -> np.ndarray:
         return np.asarray(Image.fromarray(image).convert("RGB").resize((side, side), how))
@@ -141,7 +151,8 @@ def open_detector(settings: DetectorJudge) -> Judge:
 
 def files(settings: DetectorJudge) -> list[str]:
     """Return the files of both checkpoints."""
-    return [*checkpoint_files(settings.checkpoint), *(checkpoint_files(settings.depth) if settings.depth else [])]
+    found = checkpoint_files(settings.checkpoint, remedy_of(settings.kind), DETECTORS)
+    return found + (checkpoint_files(settings.depth, DEPTH_REMEDY, DEPTHS) if settings.depth else [])
 
 
 DETECTOR = JudgeKind(DetectorJudge, open_detector, files=files, workers=workers, gpu=True, batch_size=64)

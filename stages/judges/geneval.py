@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,10 +15,9 @@ from pydantic import Field
 
 from stages.common.batches import planned
 from stages.common.errors import UserError
-from stages.common.settings import Model, Positive
-from stages.families import workers
-from stages.families.tools.checkpoints import require_safetensors
+from stages.common.settings import Positive
 from stages.judges.base import Item, Judge, JudgeKind, JudgeSettings, Verdict
+from stages.judges.checkpoint import checkpoint_files, device_of, load_model, load_processor, load_tokenizer, workers
 from stages.judges.geneval_rules import (
     CLASSES,
     COLORS,
@@ -36,6 +34,8 @@ if TYPE_CHECKING:
     import torch
 
 DETECTOR, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
+DETECTOR_REMEDY = f"set detector of the judge geneval-hf to a whole local folder of {DETECTOR}"
+CLIP_REMEDY = f"set clip of the judge geneval-hf to a whole local folder of {CLIP}"
 # How upstream asks for a color: the mean over these prompts (evaluation/evaluate_images.py).
 COLOR_PROMPTS = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 BACKGROUND = 0x99  # the gray that replaces everything outside an object before its color is asked
@@ -72,11 +72,7 @@ def open_geneval(settings: GenevalJudge) -> Judge:
 
     The verdict's reason is the kind of the first clause that does not hold, and its answer is `to_answer` of what was found.
     """
-    import torch
-
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(settings.device)
     detect = open_detector(settings.detector, device, settings.dtype)
     colors = open_colors(settings.clip, device, settings.dtype)
 
@@ -146,7 +142,7 @@ def from_answer(metadata: str | None, answer: str) -> Verdict:
 # The models
 
 
-def open_detector(name: str, device: str, dtype: str) -> Callable[[np.ndarray], list[tuple[list[Detection], np.ndarray]]]:
+def open_detector(folder: str, device: str, dtype: str) -> Callable[[np.ndarray], list[tuple[list[Detection], np.ndarray]]]:
     """Load the detector: a function from images, uint8 `[n, height, width, 3]`, to the objects in each of them.
 
     It returns detections in the order of CLASSES and by falling score, and their masks, bool `[n, height, width]`. Masks are
@@ -158,14 +154,13 @@ def open_detector(name: str, device: str, dtype: str) -> Callable[[np.ndarray], 
     from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
     from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput as Output
 
-    folder = Path(name)
-    detector_files(folder)
-    model, processor = load(folder, DETECTOR, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessorPil, device, dtype)
+    model = load_model(folder, DETECTOR_REMEDY, device, Mask2FormerForUniversalSegmentation, ("mask2former",), dtype)
+    processor = load_processor(folder, DETECTOR_REMEDY, Mask2FormerImageProcessorPil)
     labels = [label.lower() for _, label in sorted(model.config.id2label.items())]
     if len(labels) != len(CLASSES) or (labels[0], labels[-1]) != (CLASSES[0], CLASSES[-1]):
         raise UserError(
             f"{folder}/config.json: {len(labels)} classes from {labels[0]} to {labels[-1]}, not the {len(CLASSES)} of COCO's "
-            f"instances; give the folder of a checkpoint such as {DETECTOR} as detector"
+            f"instances; {DETECTOR_REMEDY}"
         )
 
     @torch.inference_mode()
@@ -196,20 +191,16 @@ def open_detector(name: str, device: str, dtype: str) -> Callable[[np.ndarray], 
     return detect
 
 
-def open_colors(name: str, device: str, dtype: str) -> Callable[[Sequence[np.ndarray], Sequence[str]], list[str]]:
+def open_colors(folder: str, device: str, dtype: str) -> Callable[[Sequence[np.ndarray], Sequence[str]], list[str]]:
     """Load CLIP: a function from pictures of objects, uint8 `[height, width, 3]` of any size, and their classes to colors."""
     import torch
     import torch.nn.functional as F
     from transformers import CLIPModel, CLIPTokenizer
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    folder = Path(name)
-    clip_files(folder)
-    model, processor = load(folder, CLIP, CLIPModel, CLIPImageProcessorPil, device, dtype)
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: no tokenizer of CLIP loads ({one_line(error)}); fetch {CLIP} again") from None
+    model = load_model(folder, CLIP_REMEDY, device, CLIPModel, ("clip",), dtype)
+    processor = load_processor(folder, CLIP_REMEDY, CLIPImageProcessorPil)
+    tokenizer = load_tokenizer(folder, CLIP_REMEDY, CLIPTokenizer)
     known: dict[str, torch.Tensor] = {}
 
     def colors_of(kind: str) -> torch.Tensor:
@@ -231,29 +222,6 @@ def open_colors(name: str, device: str, dtype: str) -> Callable[[Sequence[np.nda
     return classify
 
 
-def load(folder: Path, example: str, model: Any, processor: Any, device: str, dtype: str) -> tuple[Any, Any]:
-    """Load a model and its image processor. Raises UserError also where weights are missing, which would be random instead."""
-    import torch
-    from safetensors import SafetensorError
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # of loading weights; stages have their own
-    try:
-        loaded, report = model.from_pretrained(
-            folder, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-        images = processor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{folder}: the checkpoint does not load ({one_line(error)}); fetch {example} again") from None
-    if lost := sorted(set(report["missing_keys"]) & {name for name, _ in loaded.named_parameters()}):
-        raise UserError(f"{folder}: weights of {len(lost)} parameters are missing, such as {lost[0]}; fetch {example} again")
-    return loaded.to(device).eval(), images
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
 def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
     """Return the box that just encloses a mask `[height, width]`: (x0, y0, x1, y1) with the maxima + 1, as upstream's mmdet."""
     x, y = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
@@ -266,49 +234,19 @@ def cut_out(image: np.ndarray, mask: np.ndarray, box: Sequence[float]) -> np.nda
     return np.where(mask[..., None], image, np.uint8(BACKGROUND))[y0:y1, x0:x1]
 
 
-# Their files
-
-
-def detector_files(folder: Path) -> list[Path]:
-    """Return the files of the detector. Raises UserError on a folder of another model."""
-    return checkpoint_files(folder, "mask2former", "detector", DETECTOR)
-
-
-def clip_files(folder: Path) -> list[Path]:
-    """Return the files of CLIP and its tokenizer. Raises UserError on a folder of another model."""
-    found = checkpoint_files(folder, "clip", "clip", CLIP)
-    tokenizer = [name for name in ("merges.txt", "tokenizer.json", "vocab.json") if (folder / name).is_file()]
-    if "tokenizer.json" not in tokenizer and len(tokenizer) < 2:  # transformers would make up an empty tokenizer
-        raise UserError(
-            f"{folder}: no tokenizer (tokenizer.json, or vocab.json and merges.txt); give a local folder of {CLIP} as clip"
-        )
-    return [*found, *(folder / name for name in tokenizer)]
-
-
-def checkpoint_files(folder: Path, model_type: str, setting: str, example: str) -> list[Path]:
-    remedy = f"give a local folder of {example} as {setting}"
-    for name in ("config.json", "preprocessor_config.json"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: not found; {remedy}")
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError):
-        raise UserError(f"{folder}/config.json: not a model configuration; {remedy}") from None
-    if found != model_type:
-        raise UserError(f"{folder}/config.json: model_type is {found!r}, not {model_type!r}; {remedy}")
-    require_safetensors(folder)
-    return [folder / "config.json", folder / "preprocessor_config.json", *sorted(folder.glob("*.safetensors"))]
-
-
 def files(settings: GenevalJudge) -> list[str]:
-    return [str(path) for path in (*detector_files(Path(settings.detector)), *clip_files(Path(settings.clip)))]
+    """Return the files of both checkpoints."""
+    return [
+        *checkpoint_files(settings.detector, DETECTOR_REMEDY, ("mask2former",), processor=True),
+        *checkpoint_files(settings.clip, CLIP_REMEDY, ("clip",), tokenizer=True, processor=True),
+    ]
 
 
 GENEVAL = JudgeKind(
     GenevalJudge,
     open_geneval,
     files=files,
-    workers=lambda settings: workers(Model(device=settings.device, workers=settings.workers)),
+    workers=workers,
     gpu=True,
     batch_size=64,
 )

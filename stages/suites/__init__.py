@@ -17,6 +17,7 @@ SUITES = {
     "text": "stages.suites.text:TEXT",
     "geneval": "stages.suites.geneval:GENEVAL",
     "t2i-compbench": "stages.suites.t2i_compbench:T2I_COMPBENCH",
+    "science-t2i": "stages.suites.science_t2i:SCIENCE_T2I",
 }
 
 

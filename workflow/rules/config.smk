@@ -45,6 +45,11 @@ MODEL = {"family": settings.model.family, "dtype": settings.model.dtype}
 ORACLES = list(dict.fromkeys(filter(None, (settings.arm_pairs(arm).oracle for arm in settings.arms))))
 JUDGES = list(dict.fromkeys([*ORACLES, *(judge for name in BENCHMARKS for judge in settings.benchmark_judges(name))]))
 GPU_JUDGES = [name for name in JUDGES if judge_kind(settings.judge(name).kind).gpu]
+try:
+    for name in JUDGES:
+        judge_kind(settings.judge(name).kind).files(settings.judge(name))  # raises UserError unless its checkpoint is there
+except UserError as error:
+    raise WorkflowError(str(error))
 
 
 def read_by(stage, section, without=(), uses=USES):

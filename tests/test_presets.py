@@ -1,0 +1,119 @@
+"""The presets for Janus-Pro with the published prompts, and small checkpoints where the presets look for their own."""
+
+import subprocess
+from collections import Counter
+
+import pytest
+import yaml
+
+from stages.common.config import load
+from tests.helpers import BENCHMARKS, ROOT, TINY, completed, done, environment, refused
+from tests.test_science import APPLE, LAPTOP, write_benchmark
+from tests.tiny_judges import write_tiny_blip, write_tiny_clip, write_tiny_detector, write_tiny_geneval
+from tests.tiny_vlm import write_tiny_vlm
+
+JUDGES = {
+    "t2i-compbench": ["qwen", "attributes", "objects", "action", "all-three"],
+    "geneval": ["qwen", "geneval"],
+    "science-t2i": ["qwen", "science"],
+}
+needs_benchmarks = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks' prompt files are not there")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with data/ and checkpoints/, as the presets expect them."""
+    folder = tmp_path_factory.mktemp("preset")
+    (folder / "data/science-t2i").mkdir(parents=True)
+    for name in ("t2i_compbench", "geneval"):
+        (folder / "data" / name).symlink_to(BENCHMARKS / name)
+    ice = APPLE | {"implicit_prompt": "ice in the sun", "category": "Chemistry"}
+    write_benchmark(folder / "data/science-t2i/test-00000-of-00001.parquet", LAPTOP, APPLE, ice)
+    config = ROOT / "configs/janus-pro-7b.yaml"
+    prompts, phrases = folder / "data/compbench.parquet", folder / "data/phrases.parquet"
+    done("prompts", "--config", config, "--set", "t2i-compbench", "--out", prompts, cwd=folder)
+    done("phrases", "--prompts", prompts, "--by", "rules", "--out", phrases)
+
+    checkpoints = folder / "checkpoints"
+    write_tiny_blip(checkpoints / "blip-vqa-capfilt-large")
+    for name in ("clip-vit-base-patch32", "SciScore"):
+        write_tiny_clip(checkpoints / name)
+    write_tiny_vlm(checkpoints / "Qwen2.5-VL-7B-Instruct")
+    write_tiny_detector(folder / "written")
+    write_tiny_geneval(folder / "written")
+    names = {
+        "rt-detr": "dfine-objects365",
+        "dpt": "dpt-hybrid-midas",
+        "detector": "mask2former-swin-small-coco-instance",
+        "clip": "clip-vit-large-patch14",
+    }
+    for old, new in names.items():
+        (folder / "written" / old).rename(checkpoints / new)
+    for size in ("7B", "1B"):
+        (checkpoints / f"Janus-Pro-{size}").symlink_to(TINY)
+    return folder
+
+
+def dry_run(folder, size: str, *more: object, **changes) -> subprocess.CompletedProcess:
+    (folder / "config.yaml").write_text(yaml.safe_dump({"generate": {"shards": 2}} | changes))
+    files = ("--configfile", ROOT / f"configs/janus-pro-{size}.yaml", folder / "config.yaml")
+    command = list(map(str, ("snakemake", "--directory", folder, *files, "-n", *more)))
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+
+
+@needs_benchmarks
+@pytest.mark.parametrize("size", ["7b", "1b"])
+def test_a_preset_plans_all_benchmarks_with_their_judges(size, place):
+    result = dry_run(place, size, "--printshellcmds")
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr
+    judged = [line for line in result.stdout.splitlines() if "python -m stages.judge " in line]
+    found = Counter(
+        (line.split("--judge ")[1].split()[0], line.split("--prompts ")[1].split()[0].split("/")[-1].removesuffix(".parquet"))
+        for line in judged
+    )
+    # Two shards for base and each of the four arms.
+    assert found == {(judge, name): 10 for name, judges in JUDGES.items() for judge in judges}
+    spatial = next(line for line in judged if "--judge objects" in line)
+    assert "--categories spatial 3d_spatial numeracy" in spatial
+    assert not any("--categories" in line for line in judged if "--judge qwen" in line)
+    for arm in ("base", "sft", "dpo", "c-sft", "c-dpo"):
+        for name in JUDGES:
+            assert f"results/janus-pro-{size}/{arm}/metrics/{name}.parquet" in result.stdout
+
+
+@needs_benchmarks
+def test_a_wrong_checkpoint_of_a_judge_is_named_before_anything_is_drawn(place):
+    science = {"science": {"checkpoint": "checkpoints/blip-vqa-capfilt-large"}}
+    words = "blip-vqa-capfilt-large/config.json: model_type is 'blip', not 'clip'; set checkpoint of the judge sci-score"
+    refused(dry_run(place, "7b", judges=science), words)
+    absent = {"objects": {"depth": "checkpoints/absent"}}
+    refused(dry_run(place, "7b", judges=absent), "absent/config.json: not found; set depth of the judge detector")
+    absent = {"attributes": {"phrases": "data/absent.parquet"}}
+    refused(dry_run(place, "7b", judges=absent), "data/absent.parquet: no such file; write the prompts' noun phrases")
+
+
+@needs_benchmarks
+def test_an_endpoint_takes_the_place_of_the_judge_in_the_process(place):
+    judges = {"qwen-72b": {"kind": "openai", "endpoint": "http://node7:8000/v1", "model": "Qwen/Qwen2.5-VL-72B-Instruct"}}
+    result = dry_run(place, "7b", "--printshellcmds", judges=judges, benchmarks={n: {"judge": "qwen-72b"} for n in JUDGES})
+    assert result.returncode == 0, result.stderr
+    assert "--judge qwen-72b" in result.stdout
+    assert "--judge qwen " not in result.stdout
+
+
+@needs_benchmarks
+@pytest.mark.slow
+def test_the_published_training_prompts_are_in_none_of_the_benchmarks(place):
+    preset = yaml.safe_load((ROOT / "configs/janus-pro-7b.yaml").read_text())
+    (place / "config.yaml").write_text(yaml.safe_dump(preset))
+    text = completed(place, "--cores", 1, "results/janus-pro-7b/prompts/sets.parquet")
+    assert "553 prompts" in text
+    assert "480 prompts: 3d_spatial 60" in text
+
+
+def test_the_presets_differ_in_the_model_and_in_what_fits_on_a_gpu():
+    large, small = (load(ROOT / f"configs/janus-pro-{size}.yaml").model_dump() for size in ("7b", "1b"))
+    for section in ("prompts", "benchmarks", "judges", "generate", "score", "pairs", "arms", "evaluate"):
+        assert large[section] == small[section], section
+    assert {key for key in large["train"] if large["train"][key] != small["train"][key]} == {"micro_batch_size", "gpus"}
+    assert {key for key in large["model"] if large["model"][key] != small["model"][key]} == {"checkpoint"}
