@@ -146,7 +146,8 @@ def evaluate(settings: LmmsEval, model: Model, score: Score, checkpoint: Path, t
     with tempfile.TemporaryDirectory() as name:  # some tasks leave files in their working directory
         folder = Path(name)
         (folder / "request.json").write_text(json.dumps(asdict(request)))
-        command = [str(python), "-m", LAUNCHER, "run", "--request", "request.json", "--out", "answers.json"]
+        names = ["--request", "request.json", "--out", "answers.json"]
+        command = [str(python), "-m", LAUNCHER, "run", "--parent", str(os.getpid()), *names]
         with subprocess.Popen(command, cwd=folder, env=environment(settings)) as process:
             try:
                 process.wait()
@@ -168,8 +169,8 @@ def read(path: Path, task: str, code: int, python: Path) -> Finished:
     """Return what lmms-eval's process has written. Raises UserError with its own message, or if it has written nothing."""
     if not path.exists():
         raise UserError(
-            f"lmms-eval ended with exit code {code} in task {task} and left no answers; what it said is above. If it cannot be "
-            f"imported by {python}, run `make lmms-env` in {ROOT}"
+            f"lmms-eval ended with exit code {code} in task {task} and left no answers; what it said is above. The answers of "
+            "finished tasks are kept, so correct the cause and run it again"
         )
     fields = json.loads(path.read_text())
     if "error" in fields:

@@ -1,7 +1,7 @@
 """Run one task of lmms-eval with a model family. This module runs in the environment of lmms-eval, which `make lmms-env` makes.
 
     HF_HOME=/shared/hf .venv-lmms/bin/python -m stages.understanding.lmms_model prepare pope gqa
-    .venv-lmms/bin/python -m stages.understanding.lmms_model run --request request.json --out answers.json
+    .venv-lmms/bin/python -m stages.understanding.lmms_model run --request request.json --parent 123 --out answers.json
 
 `prepare` loads tasks on a machine that reaches the hub, so that their data are in the cache and jobs need no network. `run` is
 what `stages.understanding.lmms` starts for each task. It reads a `Request` and writes what `Finished` describes, as JSON.
@@ -28,6 +28,8 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +223,9 @@ def load_task(name: str, include_path: str | None) -> tuple[Any, Any]:
         try:
             task = get_task_dict([name], manager, "simple")[name]
         except Exception as error:  # the data's loader, the task's own code and the hub raise all kinds
-            raise UserError(f"task {name} cannot be loaded: {type(error).__name__}: {error}") from error
+            last = getattr(error, "last_attempt", None)  # lmms-eval tries several times
+            cause = last.exception() if last else error
+            raise UserError(f"task {name} cannot be loaded: {type(cause).__name__}: {cause}") from error
     if task.OUTPUT_TYPE != "generate_until":
         raise UserError(f"task {name} is of type {task.OUTPUT_TYPE}, and only generate_until can be run; choose another task")
     return task, manager
@@ -299,8 +303,6 @@ def watch_guesses(task: Any) -> list[bool]:
 
 
 def run(request: Request) -> Finished:
-    from importlib.metadata import version
-
     from lmms_eval.evaluator import simple_evaluate
 
     name = request.task
@@ -332,6 +334,11 @@ def run(request: Request) -> Finished:
 # The command
 
 
+def require_lmms_eval() -> None:
+    if find_spec("lmms_eval") is None:
+        raise UserError(f"{sys.executable} has no lmms-eval; make an environment that has it with `make lmms-env`")
+
+
 def end_with(parent: int) -> None:
     """End this process soon after its parent has been killed, so that it does not keep a GPU."""
 
@@ -351,6 +358,7 @@ def parse() -> argparse.Namespace:
     prepare.add_argument("--include-path", help="a folder with tasks of your own")
     running = commands.add_parser("run", help="run one task")
     running.add_argument("--request", type=Path, required=True)
+    running.add_argument("--parent", type=int, required=True, help="the process without which this one ends")
     running.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
@@ -358,12 +366,14 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     if arguments.command == "prepare":
+        require_lmms_eval()
         for name in arguments.tasks:
             task, _ = load_task(name, arguments.include_path and str(Path(arguments.include_path).absolute()))
             print(f"{name}: {len(task.eval_docs)} questions are in the cache; metrics: {', '.join(task.aggregation())}")
         return
-    end_with(os.getppid())
+    end_with(arguments.parent)
     try:
+        require_lmms_eval()
         finished: dict[str, Any] = asdict(run(Request(**json.loads(arguments.request.read_text()))))
     except UserError as error:
         finished = {"error": str(error)}
