@@ -131,7 +131,8 @@ def environment(settings: LmmsEval) -> dict[str, str]:
 
 def evaluate(settings: LmmsEval, model: Model, score: Score, checkpoint: Path, task: str) -> list[Answer]:
     """Run a task in lmms-eval's environment and return its answers. Raises UserError if it fails."""
-    python = interpreter(settings)
+    python, variables = interpreter(settings), environment(settings)
+    remedy = f"cd {ROOT} && HF_HOME={variables['HF_HOME']} {python} -m {LAUNCHER} prepare {task}"
     request = Request(
         task=task,
         checkpoint=str(checkpoint.absolute()),
@@ -148,12 +149,12 @@ def evaluate(settings: LmmsEval, model: Model, score: Score, checkpoint: Path, t
         (folder / "request.json").write_text(json.dumps(asdict(request)))
         names = ["--request", "request.json", "--out", "answers.json"]
         command = [str(python), "-m", LAUNCHER, "run", "--parent", str(os.getpid()), *names]
-        with subprocess.Popen(command, cwd=folder, env=environment(settings)) as process:
+        with subprocess.Popen(command, cwd=folder, env=variables) as process:
             try:
                 process.wait()
             finally:
                 stop(process)
-        return answers_of(task, read(folder / "answers.json", task, process.returncode, python))
+        return answers_of(task, read(folder / "answers.json", task, process.returncode, remedy))
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -165,8 +166,11 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.kill()
 
 
-def read(path: Path, task: str, code: int, python: Path) -> Finished:
-    """Return what lmms-eval's process has written. Raises UserError with its own message, or if it has written nothing."""
+def read(path: Path, task: str, code: int, prepare: str) -> Finished:
+    """Return what lmms-eval's process has written. Raises UserError with its own message, or if it has written nothing.
+
+    prepare: the command that fetches the task's data.
+    """
     if not path.exists():
         raise UserError(
             f"lmms-eval ended with exit code {code} in task {task} and left no answers; what it said is above. The answers of "
@@ -174,9 +178,8 @@ def read(path: Path, task: str, code: int, python: Path) -> Finished:
         )
     fields = json.loads(path.read_text())
     if "error" in fields:
-        prepare = f"HF_HOME=<folder> {python} -m {LAUNCHER} prepare {task}"
         missing = "cannot be loaded" in fields["error"]
-        remedy = f"; if its data are missing, prepare them on a machine that reaches the hub: {prepare}" if missing else ""
+        remedy = f"; if its data are missing, fetch them on a machine that reaches the hub: {prepare}" if missing else ""
         raise UserError(f"lmms-eval: {fields['error']}{remedy}")
     return Finished(**fields | {"samples": [Sample(**sample) for sample in fields["samples"]]})
 

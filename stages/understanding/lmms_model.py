@@ -367,6 +367,8 @@ def main() -> None:
     arguments = parse()
     if arguments.command == "prepare":
         require_lmms_eval()
+        home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+        os.environ["LMMS_EVAL_DATASETS_CACHE"] = str(home / "datasets")  # where `stages.understanding.lmms` looks
         for name in arguments.tasks:
             task, _ = load_task(name, arguments.include_path and str(Path(arguments.include_path).absolute()))
             print(f"{name}: {len(task.eval_docs)} questions are in the cache; metrics: {', '.join(task.aggregation())}")
