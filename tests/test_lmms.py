@@ -21,6 +21,7 @@ from datasets.naming import camelcase_to_snakecase
 from stages.common.config import validate
 from stages.common.errors import UserError
 from stages.shapes import oracle
+from stages.shapes.grammar import parse_prompt
 from stages.understanding import understanding_kind
 from stages.understanding.lmms import (
     LMMS_EVAL,
@@ -147,10 +148,10 @@ def test_a_failure_of_lmms_eval_is_one_message_with_the_remedy(tmp_path):
     with pytest.raises(UserError, match="exit code 0 in task pope and left no answers"):  # as its own command ends
         read(path, "pope", 0, "fetch pope")
     path.write_text(json.dumps({"error": "task pope cannot be loaded: ConnectionError: offline"}))
-    with pytest.raises(UserError, match="ConnectionError: offline; .* on a machine that reaches the hub: fetch pope"):
+    with pytest.raises(UserError, match=r"ConnectionError: offline; .* on a machine that reaches the hub: fetch pope"):
         read(path, "pope", 1, "fetch pope")
     path.write_text(json.dumps({"error": "task pope has no metric f1"}))
-    with pytest.raises(UserError, match="has no metric f1$"):
+    with pytest.raises(UserError, match=r"has no metric f1$"):
         read(path, "pope", 1, "fetch pope")
     with pytest.raises(UserError, match=r"metrics\.pope"):
         answers_of("pope", Finished("0.7.3", "pope_f1", 0.0, []))
@@ -270,7 +271,9 @@ def test_the_task_asks_the_yes_no_questions_of_the_kind_shapes(tmp_path):
     assert sorted(table["expected"]) == ["no"] * 16 + ["yes"] * 16
     for row, question in zip(table, own, strict=True):
         assert (np.asarray(row["image"].convert("RGB")) == question.image()).all()
-        assert oracle.read(np.asarray(row["image"])[None]).shape[0] == 1
+        meaning = parse_prompt(row["question"].removeprefix("does this image show ").removesuffix(" ?"))
+        scene = oracle.read(np.asarray(row["image"].convert("RGB"))[None])[0]
+        assert oracle.matches(meaning, scene) == (row["expected"] == "yes")
     assert {"random", "adversarial"} == set(table["half"])
     assert (tmp_path / "shapes_pope.yaml").read_text().count("!function stages.understanding.shapes_task.") == 3
 
@@ -467,7 +470,8 @@ def test_the_named_tasks_score_single_answers(lmms_python, tmp_path):
     prepared(tmp_path, "lmms-lab-encoder/MMBench", "en", "dev", mmbench)
     seed = [
         {"answer": "B", "choice_a": "a", "choice_b": "b", "choice_c": "c", "choice_d": "d", "data_id": str(i),
-         "data_type": kind, "question": "Which?", "question_id": str(i), "question_type_id": i, "image": [photograph(i)] * count}
+         "data_type": kind, "question": "Which?", "question_id": str(i), "question_type_id": i,
+         "image": [photograph(i)] * count}
         for i, (kind, count) in enumerate((("image", 1), ("video", 3)))
     ]  # fmt: skip
     prepared(tmp_path, "lmms-lab-encoder/SEED-Bench", "default", "test", seed)
