@@ -109,8 +109,10 @@ def test_lmms_eval_runs_offline_on_the_configured_cache(tmp_path, monkeypatch):
         ({"tasks": []}, ["understanding.field.tasks", "at least 1"]),
         ({"limits": 3}, ["understanding.field.limits", "'limit'"]),
         ({"limit": 0}, ["understanding.field.limit", "greater than or equal to 1"]),
+        ({"tasks": ["gqa", "gqa"]}, ["understanding.field", "tasks names gqa twice"]),
+        ({"metrics": {"pop": "pope_accuracy"}}, ["understanding.field", "metrics has pop, which is not in tasks"]),
     ],
-    ids=["no tasks", "a key", "a number"],
+    ids=["no tasks", "a key", "a number", "a task twice", "a metric of another task"],
 )
 def test_a_wrong_setting_is_named(changes, words):
     with pytest.raises(UserError) as error:

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.common.errors import UserError
 from stages.common.settings import Model, Positive, Score
@@ -84,6 +84,15 @@ class LmmsEval(UnderstandingSettings):
         default=None,
         description="The folder with the prepared data of the tasks, as HF_HOME. Empty: that of the environment variable.",
     )
+
+    @model_validator(mode="after")
+    def _names(self) -> LmmsEval:
+        if twice := [task for task in dict.fromkeys(self.tasks) if self.tasks.count(task) > 1]:
+            raise ValueError(f"tasks names {twice[0]} twice; remove one")
+        for key, names in (("metrics", self.metrics), ("categories", self.categories)):
+            if unknown := [task for task in names if task not in self.tasks]:
+                raise ValueError(f"{key} has {unknown[0]}, which is not in tasks; correct its name or remove it")
+        return self
 
     def outcome(self) -> dict[str, Any]:
         return self.model_dump(exclude={"include_path", "batch_size", "python", "cache"})
