@@ -4,7 +4,7 @@ CORES ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup run test test-all test-slurm cluster lint format study tune ablations tiny-model serve-env
+.PHONY: setup run test test-all test-slurm test-lmms lmms-env serve-env cluster lint format study tune ablations tiny-model
 
 setup: $(STAMP)
 
@@ -38,6 +38,20 @@ test-slurm: setup
 serve-env:
 	test -x .venv-serve/bin/python || $(PYTHON) -m venv .venv-serve
 	.venv-serve/bin/pip install --quiet torch==2.14.1 torchvision==0.29.1 'transformers[serving]==5.23.0' accelerate
+
+# The environment of lmms-eval, which is not the project's own: see docs/evaluation.md. torch comes first, with what it needs; the
+# rest is exactly the list, without torchvision.
+LMMS := .venv-lmms
+lmms-env: $(LMMS)/.installed
+
+$(LMMS)/.installed: envs/lmms-eval.txt
+	test -x $(LMMS)/bin/python || $(PYTHON) -m venv $(LMMS)
+	$(LMMS)/bin/pip install --quiet --disable-pip-version-check --constraint envs/lmms-eval.txt torch
+	$(LMMS)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement envs/lmms-eval.txt
+	touch $(LMMS)/.installed
+
+test-lmms: setup lmms-env
+	$(BIN)/python -m pytest -m lmms
 
 lint: setup
 	$(BIN)/ruff check .

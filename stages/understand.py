@@ -3,15 +3,16 @@
     python -m stages.understand --config config.yaml --name scenes --checkpoint results/tiny-janus/sft/checkpoint \\
         --out answers.parquet
 
-The name is one of the section `understanding`. `python -m stages.count_answers` computes the metrics. Finished batches are
-kept, so a killed stage continues where it stopped.
+The name is one of the section `understanding`. `python -m stages.count_answers` computes the metrics. Finished batches (for a
+kind that runs another project's harness: finished parts) are kept, so a killed stage continues where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from stages.common.errors import run_stage
 from stages.common.fingerprints import code
 from stages.common.registry import entry
 from stages.common.settings import Score
-from stages.families import checkpoint_hash, describe
+from stages.families import checkpoint_hash, describe, workers
 from stages.understanding import understanding_kind
-from stages.understanding.base import Answer, Question
+from stages.understanding.base import Answer, Question, UnderstandingKind
 
 Row = dict[str, Any]
 
@@ -86,6 +87,20 @@ def batches(questions: Sequence[Question], size: int) -> list[Sequence[Question]
     return [batch for group in groups.values() for batch in planned(group, size)]
 
 
+def planned_work(
+    kind: UnderstandingKind, settings: Any, config: Config, checkpoint: Path
+) -> tuple[list[Any], Callable[[Any], list[Answer]]]:
+    """Return the pieces of a benchmark, each of which is kept when it is done, and the function that answers one of them."""
+    if kind.evaluate:
+        return kind.parts(settings), partial(kind.evaluate, settings, config.model, config.score, checkpoint)
+    assert kind.questions  # a kind has one or the other
+    from stages.families import open_family
+
+    family = open_family(config.model, checkpoint, "judge")
+    ask_one = partial(ask_batch, family, config.model.family, config.score)
+    return batches(kind.questions(settings), config.score.batch_size), ask_one
+
+
 def table(answers: Sequence[Answer]) -> pa.Table:
     return pa.Table.from_pylist([asdict(answer) for answer in answers], schema=manifests.schema("answers"))
 
@@ -120,18 +135,12 @@ def main() -> None:
         mean = f", mean score {100 * sum(known) / len(known):.1f} %" if known else ""
         print(f"{arguments.name}: {len(scores)} answers, {len(scores) - len(known)} could not be read{mean}")
 
-    if kind.evaluate:
-        write([table(kind.evaluate(settings, config.model, config.score, checkpoint))])
-        return
-    assert kind.questions  # a kind has one or the other
-    from stages.families import open_family, workers
-
-    family = open_family(config.model, checkpoint, "judge")
+    pieces, work = planned_work(kind, settings, config, checkpoint)
     with kept_batches(
         arguments.out,
         ("understand", code("stages.understand", mentioned=uses), facts, config.score.batch_size),
-        batches(kind.questions(settings), config.score.batch_size),
-        work=lambda batch: ask_batch(family, name, config.score, batch),
+        pieces,
+        work=work,
         finish=table,
         label=f"understanding {arguments.name}",
         workers=workers(config.model),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 UNDERSTANDING = {
     "shapes": "stages.understanding.shapes:SHAPES",
+    "lmms-eval": "stages.understanding.lmms:LMMS_EVAL",
 }
 
 

@@ -118,8 +118,10 @@ class UnderstandingKind:
     questions: from the settings to the questions, in a fixed order. `stages.understand` asks them in batches and continues
         after a kill. Raises UserError with file, field and remedy.
     evaluate: instead of `questions`, for an evaluation that asks its own questions, such as another project's harness: from
-        (settings, model, score, checkpoint) to all answers with their scores. model and score are the configuration's sections,
-        and checkpoint is the folder of the weights.
+        (settings, model, score, checkpoint, part) to all answers of a part with their scores. model and score are the
+        configuration's sections, and checkpoint is the folder of the weights.
+    parts: from the settings to the names of the parts for which `evaluate` is called. The answers of a finished part are kept,
+        so a killed evaluation continues with the next one.
     measures: from the answers to the metrics.
     files: from the settings to the files that the benchmark depends on, which the workflow watches.
     uses: from the settings to further entries of registries that the kind is built on (`stages.common.registry.entry`).
@@ -128,7 +130,8 @@ class UnderstandingKind:
     settings: type[UnderstandingSettings]
     size: Callable[[Any], int]
     questions: Callable[[Any], list[Question]] | None = None
-    evaluate: Callable[[Any, Model, Score, Path], list[Answer]] | None = None
+    evaluate: Callable[[Any, Model, Score, Path, str], list[Answer]] | None = None
+    parts: Callable[[Any], list[str]] = lambda settings: ["all"]
     measures: Callable[[Sequence[Answer]], list[Measure]] = mean_scores
     files: Callable[[Any], list[str]] = lambda settings: []
     uses: Callable[[Any], list[str]] = lambda settings: []
