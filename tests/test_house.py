@@ -64,7 +64,7 @@ def test_every_key_of_the_configuration_has_a_description_in_a_sentence():
 
 LIGHT = (
     *("prompts", "pairs", "controls", "schedule", "replay"),
-    *("evaluate", "report", "judge_report", "count_answers", "learning_curves"),
+    *("evaluate", "report", "tables", "judge_report", "count_answers", "learning_curves"),
 )
 
 

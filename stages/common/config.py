@@ -269,10 +269,15 @@ class Evaluate(Section):
 
 
 class Report(Section):
-    """The contact sheet."""
+    """The contact sheet and the tables."""
 
     prompts: Positive = Field(default=8, description="Training prompts and benchmark prompts that are shown, of each.")
     candidates: Positive = Field(default=10, description="The most candidates that are shown for each training prompt.")
+    paper_model: Literal["Janus-Pro-7B", "Show-o"] | None = Field(
+        default=None,
+        description="The model of arXiv 2507.16663 that is run. The tables then have the paper's numbers beside those of base "
+        "and of the arms and baselines that are called like its rows: sft, dpo, c-sft, c-dpo, t2i-r1, hermesflow. Empty: none.",
+    )
 
 
 class Config(Section):
@@ -301,7 +306,7 @@ class Config(Section):
         default={}, description="The arms, by name: each is one way to train the model."
     )
     evaluate: Evaluate = Field(default=Evaluate(), description="How the metrics are summarised.")
-    report: Report = Field(default=Report(), description="The contact sheet.")
+    report: Report = Field(default=Report(), description="The contact sheet and the tables.")
 
     @model_validator(mode="before")
     @classmethod

@@ -15,6 +15,7 @@ from stages.common.registry import entry
 from stages.families import describe
 from stages.judges import judge_kind
 from stages.tools import arms as arm_tree
+from stages.tools import recipe
 from stages.understanding import understanding_kind
 
 try:
@@ -34,6 +35,7 @@ except UserError as error:
 USES = [entry("FAMILIES", settings.model.family)]  # the registry entries that drawing, judging and training use
 RUN = f"results/{settings.run}"
 CONFIG = f"{RUN}/run_config.yaml"
+PAPER = str(Path(workflow.basedir) / "stages/paper/results.csv")  # the results of arXiv 2507.16663
 SHARDS = [f"{number:04d}" for number in range(settings.generate.shards)]
 BENCHMARKS = list(settings.benchmarks)
 JUDGED = [name for name in BENCHMARKS if settings.benchmarks[name].judge]  # those with an external judge

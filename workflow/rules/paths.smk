@@ -11,6 +11,7 @@ results/<run>/<node>/understanding/<name>.parquet                    the metrics
 results/<run>/<arm>/pairs.parquet, discard.parquet                   arms with equal selections share the first arm's
 results/<run>/<node>/schedule.parquet, checkpoint/, training.parquet, replay/
 results/<run>/<node>-by-<who>/replay/                                the replay of a control, with its candidates and scores
+results/<run>/tables/                                                the result tables as CSV, Markdown and LaTeX
 """
 
 # Models
@@ -275,6 +276,12 @@ def metrics_files():
     return drawn + [f"{RUN}/{node}/understanding/{name}.parquet" for name in UNDERSTANDING for node in EVALUATED]
 
 
+def table_files():
+    """Return the result tables, each in three formats."""
+    names = [*(["generation", "by_subtask"] if BENCHMARKS else []), *(["understanding"] if UNDERSTANDING else [])]
+    return expand(f"{RUN}/tables/{{name}}.{{ending}}", name=names, ending=["csv", "md", "tex"])
+
+
 def every_metrics_file():
     """Return the metrics of all checkpoints, also those within the arms, on all benchmarks."""
     return [f"{RUN}/{node}/metrics/{benchmark}.parquet" for benchmark in BENCHMARKS for node in ["base", *NODES]]
@@ -322,8 +329,9 @@ def reported_arguments(kind):
 def final_outputs():
     """Return the final outputs of a run: tables and pictures or, without a benchmark, the arms' checkpoints."""
     if not BENCHMARKS:
-        table = [f"{RUN}/summary.csv"] if UNDERSTANDING else []
+        table = [f"{RUN}/summary.csv", *table_files()] if UNDERSTANDING else []
         return [path for arm in settings.arms for path in checkpoint_files(arm, "draw")] + table + waiting_pools()
     judge_report = [f"{RUN}/judge_report.parquet", f"{RUN}/judge_report.png"] if JUDGED else []
     curves = [f"{RUN}/learning_curves.png"] if settings.evaluate.every_checkpoint else []
-    return [f"{RUN}/summary.csv", f"{RUN}/contact_sheet.png", *judge_report, *curves, *waiting_pools()]
+    tables = [f"{RUN}/summary.csv", *table_files()]
+    return [*tables, f"{RUN}/contact_sheet.png", *judge_report, *curves, *waiting_pools()]
