@@ -39,7 +39,7 @@ if BENCHMARKS or UNDERSTANDING:
             # How images were drawn and judged is passed as text, so no code of a family or a judge is reached.
             code=code("stages.tables", mentioned=[]),
             config=CONFIG,
-            recipe=recipe.whole(settings),
+            recipe=lambda wildcards: recipe.whole(settings),
             paper_model=settings.report.paper_model,
             paper=["--paper", PAPER] if settings.report.paper_model else [],
             out=f"{RUN}/tables",
