@@ -24,6 +24,8 @@ from stages.understanding.base import UnderstandingSettings
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
+ARM = r"^[A-Za-z0-9][A-Za-z0-9.-]*$"  # the name of an arm or a baseline
+FOLDERS = ("prompts", "logs", "benchmarks", "tables")  # of a run, beside those of its checkpoints
 if TYPE_CHECKING:
     from stages.judges.base import JudgeSettings as Judging
     from stages.suites.base import PromptSource as Prompts
@@ -302,8 +304,13 @@ class Config(Section):
     score: Score = Field(default=Score(), description="How the model judges its own images.")
     pairs: Pairs = Field(default=Pairs(), description="Which candidates become training data.")
     train: Train = Field(default=Train(), description="How the model is trained.")
-    arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$")], Arm] = Field(
+    arms: dict[Annotated[str, Field(pattern=ARM)], Arm] = Field(
         default={}, description="The arms, by name: each is one way to train the model."
+    )
+    baselines: dict[Annotated[str, Field(pattern=ARM)], str] = Field(
+        default={},
+        description="Other checkpoints of the same family, by name: the folder of each. They are evaluated beside base and the "
+        "arms, with the same sampling settings and questions, and nothing is trained.",
     )
     evaluate: Evaluate = Field(default=Evaluate(), description="How the metrics are summarised.")
     report: Report = Field(default=Report(), description="The contact sheet and the tables.")
@@ -311,10 +318,11 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _without_removed(cls, fields: Any) -> Any:
-        """Leave out benchmarks, judges and arms that are empty: a file laid over a preset removes the preset's in this way."""
+        """Leave out named parts that are empty: a file laid over a preset removes the preset's in this way."""
         if not isinstance(fields, dict):
             return fields
-        named = {key: fields[key] for key in ("benchmarks", "judges", "arms") if isinstance(fields.get(key), dict)}
+        sections = ("benchmarks", "judges", "arms", "baselines")
+        named = {key: fields[key] for key in sections if isinstance(fields.get(key), dict)}
         return fields | {key: {k: v for k, v in part.items() if v is not None} for key, part in named.items()}
 
     @field_validator("judges", "benchmarks")
@@ -377,6 +385,13 @@ class Config(Section):
         groups = describe(self.model.family).groups
         if "base" in self.arms:
             problems.append("arms: `base` is the name of the untrained model; rename that arm")
+        for section, names in (("arms", self.arms), ("baselines", self.baselines)):
+            problems += [f"{section}.{name}: a run has a folder of this name; rename it" for name in FOLDERS if name in names]
+        for name in self.baselines:
+            stem, _, epoch = name.partition("-by-")[0].rpartition("-epoch")
+            if name == "base" or name in self.arms or (stem in self.arms and epoch.isdigit()):
+                taken = "the untrained model" if name == "base" else f"the arm {name if name in self.arms else stem}"
+                problems.append(f"baselines.{name}: {taken} has a checkpoint of this name; rename the baseline")
         for name, arm in self.arms.items():
             stem, _, epoch = name.partition("-by-")[0].rpartition("-epoch")
             if stem in self.arms and epoch.isdigit():
@@ -444,6 +459,10 @@ class Config(Section):
 
         alike = (name for name in self._alike(arm) if self.arms[name].replay_by == "self")
         return next((name for name in alike if settings(name) == settings(arm)), None)
+
+    def untrained(self) -> dict[str, str]:
+        """Return the checkpoints that are evaluated as they are, by name: the base model and the baselines."""
+        return {"base": self.model.checkpoint, **self.baselines}
 
     def sampling(self) -> Any:
         """Return the family's sampling settings, with its defaults filled in."""

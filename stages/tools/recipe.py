@@ -25,8 +25,7 @@ def listed(fields: dict[str, Any], prefix: str = "") -> list[str]:
 
 def drawing(config: Config) -> str:
     """Return the models and how they draw."""
-    models = {"base": config.model.checkpoint}
-    named = ", ".join(f"{name} {checkpoint}" for name, checkpoint in models.items())
+    named = ", ".join(f"{name} {checkpoint}" for name, checkpoint in config.untrained().items())
     settings = ", ".join(listed(config.sampling().model_dump())) or "no settings"
     return f"Checkpoints of the family {config.model.family}: {named}. Sampling: {settings}; seed {config.seed}."
 

@@ -1,7 +1,7 @@
 """The paths of a run's results, and the functions that return the inputs of rules.
 
 results/<run>/prompts/<set>.parquet                                  set: train, or the name of a benchmark
-results/<run>/<node>/candidates/<set>/<shard>.parquet and .tar       node: base, or a trained checkpoint
+results/<run>/<node>/candidates/<set>/<shard>.parquet and .tar       node: base, a baseline, or a trained checkpoint
 results/<run>/<node>/scores/<set>/<shard>.parquet                    the node's verdicts on its own images
 results/<run>/<node>/scores-of-base/<benchmark>/<shard>.parquet      the node's verdicts on the base model's images
 results/<run>/<node>/verdicts/<judge>/<set>/<shard>.parquet          an external judge's verdicts on the node's images
@@ -20,14 +20,14 @@ results/<run>/tables/                                                the result 
 def checkpoint_files(node, role):
     """Return the files that identify a node's model in a role: when one changes, it is another model."""
     model = model_of(node, role)
-    if model != "base":
+    if model not in UNTRAINED:
         return [f"{RUN}/{model}/checkpoint/{FAMILY.trained_file}"]
-    return [str(path) for path in FAMILY.files(Path(settings.model.checkpoint), role)]
+    return [str(path) for path in FAMILY.files(Path(UNTRAINED[model]), role)]
 
 
 def checkpoint_folder(node, role="draw"):
     model = model_of(node, role)
-    return settings.model.checkpoint if model == "base" else f"{RUN}/{model}/checkpoint"
+    return UNTRAINED.get(model) or f"{RUN}/{model}/checkpoint"
 
 
 def model_of(node, role):
@@ -271,7 +271,7 @@ def continued_work(wildcards):
 
 
 def metrics_files():
-    """Return the metrics of the base model and of all arms on all benchmarks, then those on understanding benchmarks."""
+    """Return the metrics of base, baselines and arms on all benchmarks, then those on understanding benchmarks."""
     drawn = [f"{RUN}/{node}/metrics/{benchmark}.parquet" for benchmark in BENCHMARKS for node in EVALUATED]
     return drawn + [f"{RUN}/{node}/understanding/{name}.parquet" for name in UNDERSTANDING for node in EVALUATED]
 
