@@ -580,8 +580,25 @@ def _has(fields: Any, keys: list[str]) -> bool:
     return True
 
 
-def load(path: Path) -> Config:
-    """Read and validate a YAML configuration; raises UserError."""
+def load(path: Path, *others: Path) -> Config:
+    """Read and validate a YAML configuration, over which others may be laid in turn; raises UserError."""
+    fields = read(path)
+    for other in others:
+        fields = laid_over(fields, read(other))
+    return validate(fields, ", ".join(map(str, (path, *others))))
+
+
+def laid_over(fields: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return fields with another file's over them, as `snakemake --configfile` does: only mappings merge."""
+    merged = dict(fields)
+    for key, value in other.items():
+        both = isinstance(value, dict) and isinstance(fields.get(key), dict)
+        merged[key] = laid_over(fields[key], value) if both else value
+    return merged
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the sections of a YAML file; raises UserError."""
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -590,4 +607,4 @@ def load(path: Path) -> Config:
         raise UserError(f"{path}: not YAML in UTF-8: {error}") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path}: must be a mapping of sections, see config.yaml in the repository")
-    return validate(fields, str(path))
+    return fields

@@ -15,7 +15,7 @@ from stages.common.registry import entry
 from stages.families import describe
 from stages.judges import judge_kind
 from stages.tools import arms as arm_tree
-from stages.tools import recipe
+from stages.tools import cost, recipe
 from stages.understanding import understanding_kind
 
 try:

@@ -46,8 +46,7 @@ def parent_checkpoint(wildcards):
 
 
 def chosen_prompts(name):
-    """Return the settings of a set of prompts."""
-    return settings.prompts if name == "train" else settings.benchmarks[name].prompts
+    return cost.chosen_prompts(settings, name)
 
 
 def suite_uses(name):
@@ -250,15 +249,9 @@ def reference_candidates(wildcards):
 
 
 def reference_epochs(wildcards):
-    """Return how many epochs need a reference: 1 for an exact likelihood, otherwise those of the longest arm."""
-    if FAMILY.likelihood == "exact":
-        return 1
     owner = Path(wildcards.owner)
     arm = REPLAYS[str(owner.parent)].node.arm if owner.name == "replay" else wildcards.owner
-    owned = [
-        name for name in settings.arms if arm_tree.selection_owner(settings, name) == arm_tree.selection_owner(settings, arm)
-    ]
-    return max(settings.arms[name].epochs for name in owned)
+    return arm_tree.reference_epochs(settings, arm, FAMILY.likelihood)
 
 
 def continued_work(wildcards):
