@@ -1,16 +1,20 @@
 """The whole loop with the real workflow, including DPO and replay, for a family that is not autoregressive and has no codes."""
 
+import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas
+import pyarrow.parquet
 import pytest
 import yaml
 from PIL import Image
 from stages.families.toy.family import write_checkpoint
 
-from tests.helpers import ROOT, completed, copy_of_the_project, planned_outputs, rerun, restored, write_config
+from tests.helpers import ROOT, completed, copy_of_the_project, environment, planned_outputs, rerun, restored, write_config
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +121,65 @@ def test_the_tables_have_every_benchmark_of_the_run(folder):
     assert (generation["light gen"] == light.gen).all()
     assert "Gen. of light by brightness (kind brightness)" in generation.recipe["base"]
     assert (pandas.read_csv(tables / "understanding.csv")["sky accuracy"].notna()).all()
+
+
+WORKS = """
+import json, sys
+from dataclasses import asdict
+from pathlib import Path
+from stages.common.config import load
+from stages.tools.cost import prompts_of, report, trainings, works_of
+config = load(Path(sys.argv[1]))
+prompts = prompts_of(config)
+works, segments = works_of(config, prompts), trainings(config, len(prompts["train"]))
+text = report(config, folder=Path(sys.argv[2]))
+print(json.dumps([[asdict(work) for work in works], [asdict(segment) for segment in segments], text]))
+"""
+
+
+def rows_in(folder: Path) -> int:
+    return sum(pyarrow.parquet.read_metadata(path).num_rows for path in folder.glob("*.parquet"))
+
+
+def test_the_cost_that_is_told_before_is_that_of_the_finished_run(source, folder):
+    results = folder / "results/small"
+    here = environment() | {"PYTHONPATH": str(source)}
+    command = [sys.executable, "-c", WORKS, str(folder / "config.yaml"), str(results)]
+    output = subprocess.run(command, cwd=source, env=here, capture_output=True, text=True, check=True).stdout
+    works, segments, text = json.loads(output)
+    told = {}
+    for work in works:
+        part, _, of_base = work["name"].partition(" of ")
+        kinds = {
+            "draw": "candidates", "judge": "scores-of-base" if of_base else "scores", "external": f"verdicts/{work['judge']}"
+        }  # fmt: skip
+        if work["kind"] in kinds:
+            told[f"{work['node']}/{kinds[work['kind']]}/{part}"] = (work["count"], work["bound"])
+    real = {
+        str(path.parent.relative_to(results)): rows_in(path.parent)
+        for pattern in ("*/candidates/*/0000.parquet", "*/scores*/*/0000.parquet", "*/verdicts/*/*/0000.parquet")
+        for path in results.glob(pattern)
+    }
+    assert real.keys() == told.keys()
+    assert {name for name, (_, bound) in told.items() if bound} == {name for name in told if "replay" in name}
+    for name, (count, bound) in told.items():
+        assert 0 < real[name] <= count if bound else real[name] == count, name
+    assert len(segments) == len(list(results.glob("*/schedule.parquet")))
+    for segment in segments:
+        schedule = pandas.read_parquet(results / segment["node"] / "schedule.parquet")
+        last = schedule[schedule.epoch > schedule.epoch.max() - segment["epochs"]]
+        assert last.step.nunique() <= segment["steps"]
+        assert last.groupby("epoch").chosen.nunique().max() <= segment["rows"]
+    references = [work for work in works if work["kind"] == "reference"]
+    for work in references:
+        (path,) = {
+            *results.glob(f"{work['node']}/reference.parquet"),
+            *results.glob(f"{work['node']}/replay/reference.parquet"),
+        }
+        pairs = pandas.read_parquet(path)
+        assert 2 * pairs.reference_chosen.map(len).sum() <= work["count"]
+    assert len(references) == len(list(results.rglob("reference.parquet")))
+    assert "measured, 54 images of" in text
 
 
 @pytest.fixture
