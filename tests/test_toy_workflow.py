@@ -210,6 +210,8 @@ def test_a_baseline_is_evaluated_like_an_arm_and_nothing_that_exists_is_made_aga
     )
     assert set(drawn).isdisjoint(base)
     assert not (results / "hermes/candidates/train").exists()
-    assert list(pandas.read_csv(results / "tables/generation.csv").model) == ["base", "hermes", "dpo", "c-dpo", "sft"]
+    generation = pandas.read_csv(results / "tables/generation.csv")
+    assert list(generation.model) == ["base", "hermes", "dpo", "c-dpo", "sft"]
+    assert "/other. Sampling" in generation.recipe[0]  # the baseline's checkpoint
     assert "hermes" in set(pandas.read_parquet(results / "judge_report.parquet").checkpoint)
     assert pandas.read_parquet(results / "hermes/understanding/sky.parquet").arm.eq("hermes").all()
