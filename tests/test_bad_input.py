@@ -35,6 +35,10 @@ CONFIGURATIONS = [
     ({"benchmarks": {"validation": {"judge": "nobody"}}}, ["benchmarks.validation.judge", "nobody", "shapes, table, family"]),
     ({"benchmarks": {"train": {"prompts": {"source": "shapes"}}}}, ["benchmarks", "train", "choose another"]),
     ({"arms": {"sft": {"objective": "sft", "epochs": 4}, "sft-epoch3": {"objective": "sft"}}}, ["sft-epoch3", "rename"]),
+    ({"baselines": {"sft": "elsewhere"}}, ["baselines.sft", "the arm sft", "rename the baseline"]),
+    ({"baselines": {"sft-epoch1": "elsewhere"}}, ["baselines.sft-epoch1", "the arm sft", "rename the baseline"]),
+    ({"baselines": {"base": "elsewhere"}}, ["baselines.base", "the untrained model", "rename the baseline"]),
+    ({"baselines": {"tables": "elsewhere"}}, ["baselines.tables", "folder of this name"]),
     ({"pairs": {"accept_threshold": 0.5, "reject_threshold": 0.6}}, ["pairs", "reject_threshold 0.6 is above"]),
     ({"arms": {"sft": {"objective": "sft", "pairs": {"accept_threshold": 0.1}}}}, ["arms.sft.pairs", "reject_threshold 0.9"]),
     ({"train": {"trainable": "llm+eyes"}}, ["train", "trainable", "eyes", "projector"]),
@@ -62,6 +66,19 @@ def test_a_wrong_setting_is_named_by_stages(changes, words, tmp_path):
 def test_a_wrong_setting_is_named_by_the_workflow(changes, words, tmp_path):
     write_config(tmp_path, **changes)
     refused(snakemake(tmp_path, "-n"), *words)
+
+
+def test_a_baseline_that_does_not_open_is_named_before_anything_runs(tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    write_config(tmp_path, baselines={"t2i-r1": "no/such/folder"})
+    result = snakemake(tmp_path, "-n")
+    refused(result, "baselines.t2i-r1: no/such/folder", "set baselines.t2i-r1 to a local folder")
+    assert "model.checkpoint" not in result.stdout + result.stderr
+    (other / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    write_config(tmp_path, baselines={"t2i-r1": str(other)})
+    refused(snakemake(tmp_path, "-n"), f"baselines.t2i-r1: {other}", "model_type is 'llama'", "baselines.t2i-r1")
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize(

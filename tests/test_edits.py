@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers import edited, planned_outputs, rerun, restored, write_config
 
-AFTER_JUDGE = {"judge", "evaluate", "summary", "contact_sheet", "judge_report"}
+AFTER_JUDGE = {"judge", "evaluate", "summary", "tables", "contact_sheet", "judge_report"}
 # When training re-runs, so does everything that the trained models draw and judge, with the replay and the later schedules.
 AFTER_TRAIN = {"train", "generate", "score", "replay_pairs", "replay_merge", "schedule", *AFTER_JUDGE}
 AFTER_SCORE = {"pairs", "reference", "replay_pool", *AFTER_TRAIN}
@@ -105,9 +105,14 @@ EDITS: dict[str, tuple[str, str, str, set[str]]] = {
         AFTER_SCORE,
     ),
     "the oracle": ("stages/shapes/oracle.py", "TOLERANCE = 0.03", "TOLERANCE = 0.02", AFTER_JUDGE),
-    "a metric": (METRICS, "return image.scorer.grade if", "return 1 * image.scorer.grade if", {"evaluate", "summary"}),
+    "a metric": (
+        METRICS,
+        "return image.scorer.grade if",
+        "return 1 * image.scorer.grade if",
+        {"evaluate", "summary", "tables"},
+    ),
     "an interval of the judge report": ("stages/tools/intervals.py", "inv_cdf(0.975)", "inv_cdf(0.95)", {"judge_report"}),
-    "the table": ("stages/common/files.py", "round(v, 3)", "round(v, 4)", {"summary"}),
+    "the table": ("stages/common/files.py", "round(v, 3)", "round(v, 4)", {"summary", "tables"}),
     "the replayed pool": (
         "stages/replay.py",
         'WAITS = "no_accepted"',
@@ -155,7 +160,7 @@ def test_the_learning_rate_runs_training_and_what_follows(run):
         ({"generate": {"batch_size": 10}, "score": {"batch_size": 5}, "report": {"prompts": 2}}, {"contact_sheet"}),
         ({"model": {"workers": 2}}, set()),
         ({"train": {"micro_batch_size": 4, "save_every_steps": 7}}, set()),
-        ({"evaluate": {"bootstrap": 300}}, {"evaluate", "summary"}),
+        ({"evaluate": {"bootstrap": 300}}, {"evaluate", "summary", "tables"}),
         ({"score": {"verdict_threshold": 0.6}}, AFTER_SCORE),
     ],
     ids=["speed and the sheet", "workers", "saves", "intervals", "verdict threshold"],
@@ -184,7 +189,7 @@ def test_adding_a_benchmark_runs_only_that_benchmark(run):
     benchmark = {"prompts": {"source": "shapes", "split": "validation", "categories": ["color"], "count": 3}, "judge": "shapes"}
     with restored(folder / "config.yaml"):
         write_config(folder, benchmarks={"colours": benchmark})
-        expected = {"prompts", "prompt_sets", "generate", "score", "judge", "evaluate", "summary", "judge_report"}
+        expected = {"prompts", "prompt_sets", "generate", "score", "judge", "evaluate", "summary", "tables", "judge_report"}
         assert rerun(run) == expected
         for stage in ("generate", "score", "judge"):
             assert {"colours"} == {line.split("/")[-2] for line in planned_outputs(run, stage).splitlines()}
@@ -194,7 +199,7 @@ def test_adding_an_understanding_benchmark_asks_every_arm_and_nothing_else(run):
     _, folder, _ = run
     with restored(folder / "config.yaml"):
         write_config(folder, understanding={"scenes": {"kind": "shapes", "count": 8, "captions": 0}})
-        assert rerun(run) == {"understand", "count_answers", "summary"}
+        assert rerun(run) == {"understand", "count_answers", "summary", "tables"}
         asked = {line.split("/")[2] for line in planned_outputs(run, "understand").splitlines()}
         assert asked == {"base", "sft", "dpo", "c-sft"}
 

@@ -66,6 +66,9 @@ def test_status_knows_every_job_of_a_finished_run(run):
     assert known <= outputs
     others = (
         ".tar",
+        ".md",
+        ".tex",
+        "by_subtask.csv",
         "discard.parquet",
         "training.parquet",
         "training.png",

@@ -1,16 +1,20 @@
 """The whole loop with the real workflow, including DPO and replay, for a family that is not autoregressive and has no codes."""
 
+import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas
+import pyarrow.parquet
 import pytest
 import yaml
 from PIL import Image
 from stages.families.toy.family import write_checkpoint
 
-from tests.helpers import ROOT, completed, copy_of_the_project, write_config
+from tests.helpers import ROOT, completed, copy_of_the_project, environment, planned_outputs, rerun, restored, write_config
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +41,10 @@ def register(folder: Path, package: str, line: str) -> None:
     path.write_text(path.read_text().replace(f"{package.upper()} = {{\n", f"{package.upper()} = {{\n    {line}\n"))
 
 
-def test_a_family_without_codes_goes_through_the_whole_loop(source, tmp_path):
+@pytest.fixture(scope="module")
+def folder(source, tmp_path_factory):
+    """The folder of a finished run of the toy family: three arms, a replay, three benchmarks, one of them without a judge."""
+    tmp_path = tmp_path_factory.mktemp("run")
     checkpoint = write_checkpoint(tmp_path / "checkpoint")
     (tmp_path / "light.csv").write_text("prompt,category\na dark cat,light\na bright dog,light\n")
     for name, gray in (("night.png", 20), ("noon.png", 230)):
@@ -72,7 +79,11 @@ def test_a_family_without_codes_goes_through_the_whole_loop(source, tmp_path):
     }
     config.write_text(yaml.safe_dump(fields, sort_keys=False))
     completed(tmp_path, "--cores", 2, source=source)
-    results = tmp_path / "results/small"
+    return tmp_path
+
+
+def test_a_family_without_codes_goes_through_the_whole_loop(folder):
+    results = folder / "results/small"
     candidates = pandas.read_parquet(results / "base/candidates/train/0000.parquet")
     assert candidates.tokens.isna().all()
     assert candidates.log_probability.isna().all()
@@ -97,3 +108,110 @@ def test_a_family_without_codes_goes_through_the_whole_loop(source, tmp_path):
     assert list(answers.question) == ["Does this image show a dark sky?"] * 2
     assert set(answers.score) <= {0, 1}
     assert overall.accuracy["sky"] == 100 * pandas.read_parquet(results / "base/answers/sky.parquet").score.mean()
+
+
+def test_the_tables_have_every_benchmark_of_the_run(folder):
+    tables = folder / "results/small/tables"
+    generation = pandas.read_csv(tables / "generation.csv").set_index("model")
+    assert list(generation.index) == ["base", "dpo", "c-dpo", "sft"]
+    assert generation["val gen"].isna().all()  # without a judge
+    assert generation["val non"].notna().all()
+    summary = pandas.read_csv(folder / "results/small/summary.csv")
+    light = summary[(summary.benchmark == "light") & (summary.category == "overall")].set_index("arm")
+    assert (generation["light gen"] == light.gen).all()
+    assert "Gen. of light by brightness (kind brightness" in generation.recipe["base"]
+    assert (pandas.read_csv(tables / "understanding.csv")["sky accuracy"].notna()).all()
+
+
+WORKS = """
+import json, sys
+from dataclasses import asdict
+from pathlib import Path
+from stages.common.config import load
+from stages.tools.cost import prompts_of, report, trainings, works_of
+config = load(Path(sys.argv[1]))
+prompts = prompts_of(config)
+works, segments = works_of(config, prompts), trainings(config, len(prompts["train"]))
+text = report(config, folder=Path(sys.argv[2]))
+print(json.dumps([[asdict(work) for work in works], [asdict(segment) for segment in segments], text]))
+"""
+
+
+def rows_in(folder: Path) -> int:
+    return sum(pyarrow.parquet.read_metadata(path).num_rows for path in folder.glob("*.parquet"))
+
+
+def test_the_cost_that_is_told_before_is_that_of_the_finished_run(source, folder):
+    results = folder / "results/small"
+    here = environment() | {"PYTHONPATH": str(source)}
+    command = [sys.executable, "-c", WORKS, str(folder / "config.yaml"), str(results)]
+    output = subprocess.run(command, cwd=source, env=here, capture_output=True, text=True, check=True).stdout
+    works, segments, text = json.loads(output)
+    told = {}
+    for work in works:
+        part, _, of_base = work["name"].partition(" of ")
+        kinds = {
+            "draw": "candidates", "judge": "scores-of-base" if of_base else "scores", "external": f"verdicts/{work['judge']}"
+        }  # fmt: skip
+        if work["kind"] in kinds:
+            told[f"{work['node']}/{kinds[work['kind']]}/{part}"] = (work["count"], work["bound"])
+    real = {
+        str(path.parent.relative_to(results)): rows_in(path.parent)
+        for pattern in ("*/candidates/*/0000.parquet", "*/scores*/*/0000.parquet", "*/verdicts/*/*/0000.parquet")
+        for path in results.glob(pattern)
+    }
+    assert real.keys() == told.keys()
+    assert {name for name, (_, bound) in told.items() if bound} == {name for name in told if "replay" in name}
+    for name, (count, bound) in told.items():
+        assert 0 < real[name] <= count if bound else real[name] == count, name
+    assert len(segments) == len(list(results.glob("*/schedule.parquet")))
+    for segment in segments:
+        schedule = pandas.read_parquet(results / segment["node"] / "schedule.parquet")
+        last = schedule[schedule.epoch > schedule.epoch.max() - segment["epochs"]]
+        assert last.step.nunique() <= segment["steps"]
+        assert last.groupby("epoch").chosen.nunique().max() <= segment["rows"]
+    references = [work for work in works if work["kind"] == "reference"]
+    for work in references:
+        (path,) = {
+            *results.glob(f"{work['node']}/reference.parquet"),
+            *results.glob(f"{work['node']}/replay/reference.parquet"),
+        }
+        pairs = pandas.read_parquet(path)
+        assert 2 * pairs.reference_chosen.map(len).sum() <= work["count"]
+    assert len(references) == len(list(results.rglob("reference.parquet")))
+    assert re.search(r"bytes each: measured, \d+ images of", text)
+
+
+@pytest.fixture
+def with_baseline(folder, tmp_path):
+    """The run's configuration with a baseline, which has the base model's layout and other weights."""
+    other = write_checkpoint(tmp_path / "other", seed=1)
+    with restored(folder / "config.yaml") as before:
+        fields = yaml.safe_load(before) | {"baselines": {"hermes": str(other)}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(fields, sort_keys=False))
+        yield folder
+
+
+def test_a_baseline_is_evaluated_like_an_arm_and_nothing_that_exists_is_made_again(source, with_baseline):
+    run, results = (source, with_baseline, ""), with_baseline / "results/small"
+    reports = {"summary", "tables", "contact_sheet", "judge_report"}
+    evaluation = {"generate", "score", "judge", "evaluate", "understand", "count_answers"}
+    assert rerun(run) == evaluation | reports
+    for stage in sorted(evaluation):
+        assert {line.split("/")[2] for line in planned_outputs(run, stage).splitlines()} == {"hermes"}
+    completed(with_baseline, "--cores", 2, source=source)
+    assert rerun(run) == set()
+    summary = pandas.read_csv(results / "summary.csv")
+    assert list(dict.fromkeys(summary.arm)) == ["base", "hermes", "dpo", "c-dpo", "sft"]
+    own = summary[(summary.benchmark == "light") & (summary.category == "overall")].set_index("arm")
+    assert own.judge_on_base_n["hermes"] > 0
+    drawn, base = (
+        pandas.read_parquet(results / f"{node}/candidates/light/0000.parquet").checkpoint for node in ("hermes", "base")
+    )
+    assert set(drawn).isdisjoint(base)
+    assert not (results / "hermes/candidates/train").exists()
+    generation = pandas.read_csv(results / "tables/generation.csv")
+    assert list(generation.model) == ["base", "hermes", "dpo", "c-dpo", "sft"]
+    assert "/other. Sampling" in generation.recipe[0]  # the baseline's checkpoint
+    assert "hermes" in set(pandas.read_parquet(results / "judge_report.parquet").checkpoint)
+    assert pandas.read_parquet(results / "hermes/understanding/sky.parquet").arm.eq("hermes").all()

@@ -24,6 +24,8 @@ from stages.understanding.base import UnderstandingSettings
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
+ARM = r"^[A-Za-z0-9][A-Za-z0-9.-]*$"  # the name of an arm or a baseline
+FOLDERS = ("prompts", "logs", "benchmarks", "tables")  # of a run, beside those of its checkpoints
 if TYPE_CHECKING:
     from stages.judges.base import JudgeSettings as Judging
     from stages.suites.base import PromptSource as Prompts
@@ -269,10 +271,15 @@ class Evaluate(Section):
 
 
 class Report(Section):
-    """The contact sheet."""
+    """The contact sheet and the tables."""
 
     prompts: Positive = Field(default=8, description="Training prompts and benchmark prompts that are shown, of each.")
     candidates: Positive = Field(default=10, description="The most candidates that are shown for each training prompt.")
+    paper_model: Literal["Janus-Pro-7B", "Show-o"] | None = Field(
+        default=None,
+        description="The model of arXiv 2507.16663 that is run. The tables then have the paper's numbers beside those of base "
+        "and of the arms and baselines that are called like its rows: sft, dpo, c-sft, c-dpo, t2i-r1, hermesflow. Empty: none.",
+    )
 
 
 class Config(Section):
@@ -297,19 +304,25 @@ class Config(Section):
     score: Score = Field(default=Score(), description="How the model judges its own images.")
     pairs: Pairs = Field(default=Pairs(), description="Which candidates become training data.")
     train: Train = Field(default=Train(), description="How the model is trained.")
-    arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$")], Arm] = Field(
+    arms: dict[Annotated[str, Field(pattern=ARM)], Arm] = Field(
         default={}, description="The arms, by name: each is one way to train the model."
     )
+    baselines: dict[Annotated[str, Field(pattern=ARM)], str] = Field(
+        default={},
+        description="Other checkpoints of the same family, by name: the folder of each. They are evaluated beside base and the "
+        "arms, with the same sampling settings and questions, and nothing is trained.",
+    )
     evaluate: Evaluate = Field(default=Evaluate(), description="How the metrics are summarised.")
-    report: Report = Field(default=Report(), description="The contact sheet.")
+    report: Report = Field(default=Report(), description="The contact sheet and the tables.")
 
     @model_validator(mode="before")
     @classmethod
     def _without_removed(cls, fields: Any) -> Any:
-        """Leave out benchmarks, judges and arms that are empty: a file laid over a preset removes the preset's in this way."""
+        """Leave out named parts that are empty: a file laid over a preset removes the preset's in this way."""
         if not isinstance(fields, dict):
             return fields
-        named = {key: fields[key] for key in ("benchmarks", "judges", "arms") if isinstance(fields.get(key), dict)}
+        sections = ("benchmarks", "judges", "arms", "baselines")
+        named = {key: fields[key] for key in sections if isinstance(fields.get(key), dict)}
         return fields | {key: {k: v for k, v in part.items() if v is not None} for key, part in named.items()}
 
     @field_validator("judges", "benchmarks")
@@ -372,6 +385,13 @@ class Config(Section):
         groups = describe(self.model.family).groups
         if "base" in self.arms:
             problems.append("arms: `base` is the name of the untrained model; rename that arm")
+        for section, names in (("arms", self.arms), ("baselines", self.baselines)):
+            problems += [f"{section}.{name}: a run has a folder of this name; rename it" for name in FOLDERS if name in names]
+        for name in self.baselines:
+            stem, _, epoch = name.partition("-by-")[0].rpartition("-epoch")
+            if name == "base" or name in self.arms or (stem in self.arms and epoch.isdigit()):
+                taken = "the untrained model" if name == "base" else f"the arm {name if name in self.arms else stem}"
+                problems.append(f"baselines.{name}: {taken} has a checkpoint of this name; rename the baseline")
         for name, arm in self.arms.items():
             stem, _, epoch = name.partition("-by-")[0].rpartition("-epoch")
             if stem in self.arms and epoch.isdigit():
@@ -439,6 +459,10 @@ class Config(Section):
 
         alike = (name for name in self._alike(arm) if self.arms[name].replay_by == "self")
         return next((name for name in alike if settings(name) == settings(arm)), None)
+
+    def untrained(self) -> dict[str, str]:
+        """Return the checkpoints that are evaluated as they are, by name: the base model and the baselines."""
+        return {"base": self.model.checkpoint, **self.baselines}
 
     def sampling(self) -> Any:
         """Return the family's sampling settings, with its defaults filled in."""
@@ -556,8 +580,25 @@ def _has(fields: Any, keys: list[str]) -> bool:
     return True
 
 
-def load(path: Path) -> Config:
-    """Read and validate a YAML configuration; raises UserError."""
+def load(path: Path, *others: Path) -> Config:
+    """Read and validate a YAML configuration, over which others may be laid in turn; raises UserError."""
+    fields = read(path)
+    for other in others:
+        fields = laid_over(fields, read(other))
+    return validate(fields, ", ".join(map(str, (path, *others))))
+
+
+def laid_over(fields: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return fields with another file's over them, as `snakemake --configfile` does: only mappings merge."""
+    merged = dict(fields)
+    for key, value in other.items():
+        both = isinstance(value, dict) and isinstance(fields.get(key), dict)
+        merged[key] = laid_over(fields[key], value) if both else value
+    return merged
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the sections of a YAML file; raises UserError."""
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -566,4 +607,4 @@ def load(path: Path) -> Config:
         raise UserError(f"{path}: not YAML in UTF-8: {error}") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path}: must be a mapping of sections, see config.yaml in the repository")
-    return validate(fields, str(path))
+    return fields

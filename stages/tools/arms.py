@@ -80,6 +80,17 @@ def selection_owner(config: Config, arm: str) -> str:
     return next(name for name in config.arms if selection(name) == selection(arm))
 
 
+def reference_epochs(config: Config, arm: str, likelihood: str | None) -> int:
+    """Return how many epochs need reference log-probabilities of an arm's pairs.
+
+    It is 1 where the likelihood is exact, and otherwise the epochs of the longest arm with these pairs.
+    """
+    if likelihood == "exact":
+        return 1
+    owner = selection_owner(config, arm)
+    return max(config.arms[name].epochs for name in config.arms if selection_owner(config, name) == owner)
+
+
 def nodes(config: Config) -> dict[str, Node]:
     """Return the nodes of all arms by name, parents before children."""
     found: dict[str, Node] = {}

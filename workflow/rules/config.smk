@@ -15,6 +15,7 @@ from stages.common.registry import entry
 from stages.families import describe
 from stages.judges import judge_kind
 from stages.tools import arms as arm_tree
+from stages.tools import cost, recipe
 from stages.understanding import understanding_kind
 
 try:
@@ -27,6 +28,13 @@ try:
         )
     FAMILY = describe(settings.model.family)
     FAMILY.files(Path(settings.model.checkpoint), "draw")  # raises UserError unless it is one of this family
+    for baseline, checkpoint in settings.baselines.items():
+        try:
+            for role in ("draw", "judge"):
+                FAMILY.files(Path(checkpoint), role)
+        except UserError as error:
+            remedy = str(error).replace("model.checkpoint", f"baselines.{baseline}")
+            raise UserError(f"{names}: baselines.{baseline}: {remedy}") from None
     NODES, REPLAYS = arm_tree.nodes(settings), arm_tree.replays(settings)
 except UserError as error:
     raise WorkflowError(str(error))
@@ -34,11 +42,13 @@ except UserError as error:
 USES = [entry("FAMILIES", settings.model.family)]  # the registry entries that drawing, judging and training use
 RUN = f"results/{settings.run}"
 CONFIG = f"{RUN}/run_config.yaml"
+PAPER = str(Path(workflow.basedir) / "stages/paper/results.csv")  # the results of arXiv 2507.16663
 SHARDS = [f"{number:04d}" for number in range(settings.generate.shards)]
 BENCHMARKS = list(settings.benchmarks)
 JUDGED = [name for name in BENCHMARKS if settings.benchmarks[name].judge]  # those with an external judge
 UNDERSTANDING = list(settings.understanding)
-EVALUATED = ["base", *settings.arms]
+UNTRAINED = settings.untrained()  # base and the baselines, with their checkpoints
+EVALUATED = [*UNTRAINED, *settings.arms]
 MATCHED = [arm for arm in settings.arms if settings.arm_pairs(arm).matched]
 # Everything besides the weights on which a model's results depend. Device and batch sizes are not included.
 MODEL = {"family": settings.model.family, "dtype": settings.model.dtype}
@@ -65,7 +75,7 @@ def pattern(names):
 
 wildcard_constraints:
     arm=pattern(settings.arms),
-    node=pattern(["base", *NODES, *REPLAYS]),
+    node=pattern([*UNTRAINED, *NODES, *REPLAYS]),
     set=pattern(["train", "replay", *BENCHMARKS]),
     benchmark=pattern(BENCHMARKS),
     understanding=pattern(UNDERSTANDING),

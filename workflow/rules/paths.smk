@@ -1,7 +1,7 @@
 """The paths of a run's results, and the functions that return the inputs of rules.
 
 results/<run>/prompts/<set>.parquet                                  set: train, or the name of a benchmark
-results/<run>/<node>/candidates/<set>/<shard>.parquet and .tar       node: base, or a trained checkpoint
+results/<run>/<node>/candidates/<set>/<shard>.parquet and .tar       node: base, a baseline, or a trained checkpoint
 results/<run>/<node>/scores/<set>/<shard>.parquet                    the node's verdicts on its own images
 results/<run>/<node>/scores-of-base/<benchmark>/<shard>.parquet      the node's verdicts on the base model's images
 results/<run>/<node>/verdicts/<judge>/<set>/<shard>.parquet          an external judge's verdicts on the node's images
@@ -11,6 +11,7 @@ results/<run>/<node>/understanding/<name>.parquet                    the metrics
 results/<run>/<arm>/pairs.parquet, discard.parquet                   arms with equal selections share the first arm's
 results/<run>/<node>/schedule.parquet, checkpoint/, training.parquet, replay/
 results/<run>/<node>-by-<who>/replay/                                the replay of a control, with its candidates and scores
+results/<run>/tables/                                                the result tables as CSV, Markdown and LaTeX
 """
 
 # Models
@@ -19,14 +20,14 @@ results/<run>/<node>-by-<who>/replay/                                the replay 
 def checkpoint_files(node, role):
     """Return the files that identify a node's model in a role: when one changes, it is another model."""
     model = model_of(node, role)
-    if model != "base":
+    if model not in UNTRAINED:
         return [f"{RUN}/{model}/checkpoint/{FAMILY.trained_file}"]
-    return [str(path) for path in FAMILY.files(Path(settings.model.checkpoint), role)]
+    return [str(path) for path in FAMILY.files(Path(UNTRAINED[model]), role)]
 
 
 def checkpoint_folder(node, role="draw"):
     model = model_of(node, role)
-    return settings.model.checkpoint if model == "base" else f"{RUN}/{model}/checkpoint"
+    return UNTRAINED.get(model) or f"{RUN}/{model}/checkpoint"
 
 
 def model_of(node, role):
@@ -45,8 +46,7 @@ def parent_checkpoint(wildcards):
 
 
 def chosen_prompts(name):
-    """Return the settings of a set of prompts."""
-    return settings.prompts if name == "train" else settings.benchmarks[name].prompts
+    return cost.chosen_prompts(settings, name)
 
 
 def suite_uses(name):
@@ -249,15 +249,9 @@ def reference_candidates(wildcards):
 
 
 def reference_epochs(wildcards):
-    """Return how many epochs need a reference: 1 for an exact likelihood, otherwise those of the longest arm."""
-    if FAMILY.likelihood == "exact":
-        return 1
     owner = Path(wildcards.owner)
     arm = REPLAYS[str(owner.parent)].node.arm if owner.name == "replay" else wildcards.owner
-    owned = [
-        name for name in settings.arms if arm_tree.selection_owner(settings, name) == arm_tree.selection_owner(settings, arm)
-    ]
-    return max(settings.arms[name].epochs for name in owned)
+    return arm_tree.reference_epochs(settings, arm, FAMILY.likelihood)
 
 
 def continued_work(wildcards):
@@ -270,9 +264,15 @@ def continued_work(wildcards):
 
 
 def metrics_files():
-    """Return the metrics of the base model and of all arms on all benchmarks, then those on understanding benchmarks."""
+    """Return the metrics of base, baselines and arms on all benchmarks, then those on understanding benchmarks."""
     drawn = [f"{RUN}/{node}/metrics/{benchmark}.parquet" for benchmark in BENCHMARKS for node in EVALUATED]
     return drawn + [f"{RUN}/{node}/understanding/{name}.parquet" for name in UNDERSTANDING for node in EVALUATED]
+
+
+def table_files():
+    """Return the result tables, each in three formats."""
+    names = [*(["generation", "by_subtask"] if BENCHMARKS else []), *(["understanding"] if UNDERSTANDING else [])]
+    return expand(f"{RUN}/tables/{{name}}.{{ending}}", name=names, ending=["csv", "md", "tex"])
 
 
 def every_metrics_file():
@@ -322,8 +322,9 @@ def reported_arguments(kind):
 def final_outputs():
     """Return the final outputs of a run: tables and pictures or, without a benchmark, the arms' checkpoints."""
     if not BENCHMARKS:
-        table = [f"{RUN}/summary.csv"] if UNDERSTANDING else []
+        table = [f"{RUN}/summary.csv", *table_files()] if UNDERSTANDING else []
         return [path for arm in settings.arms for path in checkpoint_files(arm, "draw")] + table + waiting_pools()
     judge_report = [f"{RUN}/judge_report.parquet", f"{RUN}/judge_report.png"] if JUDGED else []
     curves = [f"{RUN}/learning_curves.png"] if settings.evaluate.every_checkpoint else []
-    return [f"{RUN}/summary.csv", f"{RUN}/contact_sheet.png", *judge_report, *curves, *waiting_pools()]
+    tables = [f"{RUN}/summary.csv", *table_files()]
+    return [*tables, f"{RUN}/contact_sheet.png", *judge_report, *curves, *waiting_pools()]

@@ -1,4 +1,4 @@
-"""The final outputs: the summary of all arms, the contact sheet, the judge report and, where asked for, learning curves."""
+"""The final outputs: the summary of all arms, the tables, the contact sheet, the judge report and, where asked for, learning curves."""
 
 
 rule summary:
@@ -18,6 +18,41 @@ rule summary:
         "Summary"
     shell:
         "python -m stages.report --metrics {input:q} --out {output:q} > {log:q} 2>&1"
+
+
+if BENCHMARKS or UNDERSTANDING:
+
+    rule tables:
+        input:
+            metrics=metrics_files(),
+            prompts=expand(f"{RUN}/prompts/{{benchmark}}.parquet", benchmark=BENCHMARKS),
+            paper=PAPER if settings.report.paper_model else [],
+        output:
+            table_files(),
+        log:
+            f"{RUN}/logs/tables.log",
+        conda:
+            "../../envs/light.yaml"
+        resources:
+            mem_mb=1000,
+        params:
+            # How images were drawn and judged is passed as text, so no code of a family or a judge is reached.
+            code=code("stages.tables", mentioned=[]),
+            config=CONFIG,
+            recipe=lambda wildcards: recipe.whole(settings),
+            paper_model=settings.report.paper_model,
+            paper=["--paper", PAPER] if settings.report.paper_model else [],
+            out=f"{RUN}/tables",
+        message:
+            "Tables"
+        shell:
+            "python -m stages.tables"
+            " --config {params.config:q}"
+            " --metrics {input.metrics:q}"
+            " --prompts {input.prompts:q}"
+            " {params.paper:q}"
+            " --out {params.out:q}"
+            " > {log:q} 2>&1"
 
 
 if BENCHMARKS:

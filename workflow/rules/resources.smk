@@ -1,26 +1,18 @@
 """The memory, time and GPUs that jobs with a model request from a cluster.
 
 These are limits, not predictions. A job that exceeds one is submitted again with a higher limit and continues where it stopped.
-The profile's set-resources can override them.
+The profile's set-resources can override them. What work takes how long is in stages/tools/cost.py.
 """
 
 from functools import cache
 
-GIGABYTES = sum(path.stat().st_size for path in FAMILY.files(Path(settings.model.checkpoint), "draw")) / 1e9
+GIGABYTES = cost.gigabytes(settings)
 GPUS = 0 if settings.model.device == "cpu" else settings.model.workers or 1
-# Seconds on one GPU per image and per gigabyte of weights. With 15 GB of weights, drawing 1,000 images takes about 1,000 s if
-# prompts are not batched.
-SECONDS = {"draw": 0.07, "judge": 0.02, "train": 0.02}
 
 
 @cache
 def prompt_count(name):
-    """Return an upper bound on the number of prompts of a set, which is needed before the prompts have been read."""
-    from stages.suites import open_suite
-
-    chosen = chosen_prompts(name)
-    files = open_suite(chosen.source).files(chosen)
-    return chosen.count or sum(Path(path).read_bytes().count(b"\n") + 1 for path in files) or 10_000
+    return cost.prompt_limit(chosen_prompts(name))
 
 
 def megabytes(copies):
@@ -30,7 +22,9 @@ def megabytes(copies):
 
 def minutes_for(work, count, gpus=lambda wildcards: 1):
     """Return the minutes for `count` images or rows on `gpus` GPUs, both functions of the wildcards, plus 30 for start-up."""
-    return lambda wildcards, attempt: attempt * int(30 + SECONDS[work] * GIGABYTES * count(wildcards) / gpus(wildcards) / 60)
+    return lambda wildcards, attempt: attempt * int(
+        30 + cost.SECONDS[work] * GIGABYTES * count(wildcards) / gpus(wildcards) / 60
+    )
 
 
 def shard_images(wildcards):
@@ -56,7 +50,7 @@ def training_processes(wildcards):
     return settings.arm_train(NODES[wildcards.node].arm).gpus * training_nodes(wildcards)
 
 
-def trained_rows(wildcards):
+def trained_images(wildcards):
     node = NODES[wildcards.node]
-    kept = settings.arm_pairs(node.arm).chosen_per_prompt or settings.generate.candidates
-    return prompt_count("train") * kept * node.epoch
+    per_prompt = cost.rows_per_prompt(settings, node.arm) * cost.images_per_row(settings, node.arm)
+    return prompt_count("train") * per_prompt * node.epoch

@@ -111,7 +111,7 @@ rule train:
         tasks_per_gpu=0,
         mpi=lambda wildcards: "srun" if training_nodes(wildcards) > 1 else "",
         mem_mb=megabytes(8),
-        runtime=minutes_for("train", trained_rows, training_processes),
+        runtime=minutes_for("train", trained_images, training_processes),
     params:
         code=code("stages.train", mentioned=USES),
         config=CONFIG,

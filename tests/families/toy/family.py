@@ -107,9 +107,9 @@ class Toy:
         return F.binary_cross_entropy_with_logits(self._logit(images, questions), torch.as_tensor(p_yes))
 
 
-def write_checkpoint(folder: Path) -> Path:
-    """Write random weights (seed 0)."""
-    torch.manual_seed(0)
+def write_checkpoint(folder: Path, seed: int = 0) -> Path:
+    """Write random weights."""
+    torch.manual_seed(seed)
     Toy(Flow(), nn.Linear(PIXELS, WORDS)).save(folder)
     return folder
 
