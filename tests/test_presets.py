@@ -1,6 +1,7 @@
 """The presets for Janus-Pro with the published prompts, and small checkpoints where the presets look for their own."""
 
 import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -17,6 +18,7 @@ JUDGES = {
     "geneval": ["qwen", "geneval"],
     "science-t2i": ["qwen", "science"],
 }
+UNDERSTANDING = ("pope", "mmb", "gqa", "mmmu", "seed")
 needs_benchmarks = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks' prompt files are not there")
 
 
@@ -55,7 +57,8 @@ def place(tmp_path_factory):
 
 
 def dry_run(folder, size: str, *more: object, **changes) -> subprocess.CompletedProcess:
-    (folder / "config.yaml").write_text(yaml.safe_dump({"generate": {"shards": 2}} | changes))
+    asked = {name: {"python": sys.executable} for name in UNDERSTANDING}  # planning only looks whether it is there
+    (folder / "config.yaml").write_text(yaml.safe_dump({"generate": {"shards": 2}, "understanding": asked} | changes))
     files = ("--configfile", ROOT / f"configs/janus-pro-{size}.yaml", folder / "config.yaml")
     command = list(map(str, ("snakemake", "--directory", folder, *files, "-n", *more)))
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
@@ -105,6 +108,7 @@ def test_an_endpoint_takes_the_place_of_the_judge_in_the_process(place):
 @pytest.mark.slow
 def test_the_published_training_prompts_are_in_none_of_the_benchmarks(place):
     preset = yaml.safe_load((ROOT / "configs/janus-pro-7b.yaml").read_text())
+    del preset["understanding"]  # whose environment need not be there
     (place / "config.yaml").write_text(yaml.safe_dump(preset))
     text = completed(place, "--cores", 1, "results/janus-pro-7b/prompts/sets.parquet")
     assert "553 prompts" in text
@@ -113,7 +117,7 @@ def test_the_published_training_prompts_are_in_none_of_the_benchmarks(place):
 
 def test_the_presets_differ_in_the_model_and_in_what_fits_on_a_gpu():
     large, small = (load(ROOT / f"configs/janus-pro-{size}.yaml").model_dump() for size in ("7b", "1b"))
-    for section in ("prompts", "benchmarks", "judges", "generate", "score", "pairs", "arms", "evaluate"):
+    for section in ("prompts", "benchmarks", "understanding", "judges", "generate", "score", "pairs", "arms", "evaluate"):
         assert large[section] == small[section], section
     assert {key for key in large["train"] if large["train"][key] != small["train"][key]} == {"micro_batch_size", "gpus"}
     assert {key for key in large["model"] if large["model"][key] != small["model"][key]} == {"checkpoint"}
