@@ -56,12 +56,17 @@ def place(tmp_path_factory):
     return folder
 
 
-def dry_run(folder, size: str, *more: object, **changes) -> subprocess.CompletedProcess:
-    asked = {name: {"python": sys.executable} for name in UNDERSTANDING}  # planning only looks whether it is there
-    (folder / "config.yaml").write_text(yaml.safe_dump({"generate": {"shards": 2}, "understanding": asked} | changes))
+def run_preset(folder, size: str, *arguments: object, **changes) -> subprocess.CompletedProcess:
+    """Run snakemake with a preset and with changes laid over it."""
+    (folder / "config.yaml").write_text(yaml.safe_dump(changes))
     files = ("--configfile", ROOT / f"configs/janus-pro-{size}.yaml", folder / "config.yaml")
-    command = list(map(str, ("snakemake", "--directory", folder, *files, "-n", *more)))
+    command = list(map(str, ("snakemake", "--directory", folder, *files, *arguments)))
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+
+
+def dry_run(folder, size: str, *arguments: object, **changes) -> subprocess.CompletedProcess:
+    asked = {name: {"python": sys.executable} for name in UNDERSTANDING}  # planning only looks whether it is there
+    return run_preset(folder, size, "-n", *arguments, **{"generate": {"shards": 2}, "understanding": asked} | changes)
 
 
 @needs_benchmarks

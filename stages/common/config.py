@@ -321,7 +321,7 @@ class Config(Section):
         """Leave out named parts that are empty: a file laid over a preset removes the preset's in this way."""
         if not isinstance(fields, dict):
             return fields
-        sections = ("benchmarks", "judges", "arms", "baselines")
+        sections = ("benchmarks", "judges", "understanding", "arms", "baselines")
         named = {key: fields[key] for key in sections if isinstance(fields.get(key), dict)}
         return fields | {key: {k: v for k, v in part.items() if v is not None} for key, part in named.items()}
 
