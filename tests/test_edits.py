@@ -54,13 +54,13 @@ EDITS: dict[str, tuple[str, str, str, set[str]]] = {
         "stages/judges/shapes.py",
         '    kind: Literal["shapes"]\n',
         '    kind: Literal["shapes"]\n    spare: int = 0\n',
-        set(),
+        {"tables"},  # which say how images were drawn and judged
     ),
     "a new setting of the sampling that nothing reads": (
         "stages/families/janus/__init__.py",
         "    temperature: Annotated",
         '    spare: int = Field(default=0, description="Nothing reads it.")\n    temperature: Annotated',
-        set(),
+        {"tables"},  # which say how images were drawn and judged
     ),
     "a new family": (FAMILIES, "FAMILIES = {\n", 'FAMILIES = {\n    "other": "stages.families.other:OTHER",\n', set()),
     "a new kind of judge": (JUDGES, "JUDGES = {\n", 'JUDGES = {\n    "again": "stages.judges.shapes:SHAPES",\n', set()),

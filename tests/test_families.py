@@ -283,15 +283,16 @@ def scheduled(folder: Path, inputs: Path, name: str, checkpoint: Path, objective
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
 def test_training_lowers_the_loss_moves_only_what_it_may_and_continues_exactly(objective, name, checkpoint, inputs, tmp_path):
     shorter, longer, continued = (tmp_path / folder for folder in ("shorter", "longer", "continued"))
-    trained(scheduled(longer, inputs, name, checkpoint, objective, 6), longer)
+    trained(scheduled(longer, inputs, name, checkpoint, objective, 12), longer)
     metrics = losses(longer)
-    assert np.mean(metrics["loss"][-3:]) < np.mean(metrics["loss"][:3])
+    half = len(metrics["loss"]) // 2  # a step's loss can be an estimate
+    assert np.mean(metrics["loss"][half:]) < np.mean(metrics["loss"][:half])
     if objective == "dpo":
         nll_weight = 1.0
         assert metrics["loss"][0] - nll_weight * metrics["nll"][0] == pytest.approx(np.log(2), abs=1e-4)
 
-    trained(scheduled(shorter, inputs, name, checkpoint, objective, 3), shorter)
-    arguments = scheduled(continued, inputs, name, checkpoint, objective, 6)
+    trained(scheduled(shorter, inputs, name, checkpoint, objective, 6), shorter)
+    arguments = scheduled(continued, inputs, name, checkpoint, objective, 12)
     assert "from checkpoint-" in trained(arguments, continued, "--continue", shorter / "work")
     weights = describe(name).trained_file
     assert (continued / "checkpoint" / weights).read_bytes() == (longer / "checkpoint" / weights).read_bytes()

@@ -104,6 +104,7 @@ def test_a_file_of_ones_own_is_laid_over_a_preset(tmp_path):
     benchmarks = {"t2i-compbench": None, "geneval": None, "science-t2i": None}
     benchmarks["own"] = {"prompts": {"source": "text", "files": prompts["exclude"]}}
     mine = {"run": "mine", "model": {"checkpoint": str(TINY)}, "generate": {"shards": 2}, "benchmarks": benchmarks}
+    mine["understanding"] = dict.fromkeys(("pope", "mmb", "gqa", "mmmu", "seed"))
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(mine))
     result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -561,8 +561,8 @@ def test_the_configuration_draws_and_judges_with_a_converted_checkpoint(name, up
     settings["generate"]["candidates"] = 2
     for part, lines in (("train", ["A red book.", "a green bench", "two cats"]), ("val", ["Two cats."])):
         (tmp_path / f"color_{part}.txt").write_text("\n".join(lines))
-    settings["prompts"]["files"] = [str(tmp_path / "color_train.txt")]
-    settings["prompts"]["exclude"] = [str(tmp_path / "color_val.txt")]
+    files, exclude = ([str(tmp_path / f"color_{split}.txt")] for split in ("train", "val"))
+    settings["prompts"] = {"source": "text", "files": files, "exclude": exclude}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     config = ("--config", tmp_path / "config.yaml")
     prompts, candidates = tmp_path / "prompts.parquet", tmp_path / "candidates.parquet"
