@@ -42,7 +42,7 @@ if BENCHMARKS or UNDERSTANDING:
             recipe=lambda wildcards: recipe.whole(settings),
             paper_model=settings.report.paper_model,
             paper=["--paper", PAPER] if settings.report.paper_model else [],
-            out=f"{RUN}/tables",
+            folder=lambda wildcards, output: Path(output[0]).parent,
         message:
             "Tables"
         shell:
@@ -51,7 +51,7 @@ if BENCHMARKS or UNDERSTANDING:
             " --metrics {input.metrics:q}"
             " --prompts {input.prompts:q}"
             " {params.paper:q}"
-            " --out {params.out:q}"
+            " --out {params.folder:q}"
             " > {log:q} 2>&1"
 
 
