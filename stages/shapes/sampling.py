@@ -56,7 +56,7 @@ def sample_meaning(rng: np.random.Generator, split: str, simple: float = 0.0, ca
     Without a category, all are equally likely.
     """
     if rng.random() < simple:
-        pool = simple_meanings(split)[int(rng.random() < 0.3)]
+        pool = simple_meanings(split)[int(rng.random() < 0.6)]  # most in a relation, which is learned last
     else:
         pool = split_meanings(category or CATEGORIES[rng.integers(len(CATEGORIES))], split)
     return pool[rng.integers(len(pool))]
@@ -114,24 +114,27 @@ def describe(grid: np.ndarray, split: str, rng: np.random.Generator) -> Meaning 
     return None
 
 
-def sample_place(grid: np.ndarray, rng: np.random.Generator) -> tuple[str, str] | None:
-    """Return a phrase that fits one of a scene's two objects, and where that is from the other, or None if there is no answer.
+def sample_places(grid: np.ndarray, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Return for each of a scene's two objects a phrase that fits it alone, and where it is from the other.
 
-    "red star": "left above"; "same" on an axis on which both are equal.
+    "red star": "left above"; "same" on an axis on which both are equal. The list is empty if the scene does not have two objects,
+    and an object whose phrase also fits the other is left out.
     """
     flat = grid.ravel()
     cells = rng.permutation(np.flatnonzero(flat))
     if len(cells) != 2:
-        return None
-    shape, color, texture = decode_kind(flat[cells[0]])
-    named = rng.random(2) < 0.5
-    group = Group(1, SHAPES[shape], COLOR_NAMES[color] if named[0] else None, TEXTURES[texture] if named[1] else None)
-    if group.fits(flat[cells[1]]):
-        return None
-    (row, column), (y, x) = (divmod(int(cell), GRID) for cell in cells)
-    across = "left" if column < x else "right" if column > x else "same"
-    down = "above" if row < y else "below" if row > y else "same"
-    return group.phrase().split(" ", 1)[1], f"{across} {down}"
+        return []
+    places = []
+    for cell, other in (cells, cells[::-1]):
+        shape, color, texture = decode_kind(flat[cell])
+        named = rng.random(2) < 0.5
+        group = Group(1, SHAPES[shape], COLOR_NAMES[color] if named[0] else None, TEXTURES[texture] if named[1] else None)
+        if not group.fits(flat[other]):
+            (row, column), (y, x) = divmod(int(cell), GRID), divmod(int(other), GRID)
+            across = "left" if column < x else "right" if column > x else "same"
+            down = "above" if row < y else "below" if row > y else "same"
+            places.append((group.phrase().split(" ", 1)[1], f"{across} {down}"))
+    return places
 
 
 def sample_questions(rng: np.random.Generator, split: str, count: int, simple: float = 0.0) -> list[Judged]:

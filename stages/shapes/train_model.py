@@ -8,7 +8,7 @@ The work folder holds the image tokenizer and the vision encoder (steps 1 and 2)
 - judging: image and question -> 1 or 0. Several questions concern the same scene: its prompt, other true descriptions, and
   prompts in which one thing is changed (see `sample_questions`). The oracle labels them.
 - captioning: image -> a true prompt. The judge then learns colours and textures much sooner.
-- telling: image and question -> where one of two objects is from the other. The judge learns relations from it.
+- telling: image and question -> where each of two objects is from the other. The judge learns relations from it.
 
 Each task's loss is averaged separately, because in a common mean over tokens the few answers would have hardly any weight. A
 step has more judged pairs than drawings, because an answer teaches one bit and a drawing sixteen codes: this mixture, and the
@@ -33,7 +33,7 @@ from stages.families.janus.family import Janus
 from stages.families.janus.training import looked_at
 from stages.shapes.grammar import sample_scene
 from stages.shapes.measure import measure
-from stages.shapes.sampling import Judged, sample_meaning, sample_place, sample_questions
+from stages.shapes.sampling import Judged, sample_meaning, sample_places, sample_questions
 from stages.shapes.scenes import render
 from stages.shapes.tiny_janus import CAPTION, PLACE, QUESTION, make_config, make_processor
 from stages.shapes.train_encoder import noisy
@@ -103,10 +103,10 @@ def looking_losses(family: Janus, scenes: list[list[Judged]], rng: np.random.Gen
         told = tokenizer.encode(true[rng.integers(len(true))].prompt(), add_special_tokens=False) if true else []
         rows.append([*describe[shared:], *told, end])
         known.append(len(told) + 1 if true else 0)
-        phrase, answer = sample_place(asked[0].grid, rng) or ("", "")
-        told = [*tokenizer.encode(answer, add_special_tokens=False), end]
-        rows.append([*family._question_ids(PLACE.format(phrase=phrase))[shared:], *told])
-        known.append(len(told) if answer else 0)
+        for phrase, answer in [*sample_places(asked[0].grid, rng), ("", ""), ("", "")][:2]:
+            told = [*tokenizer.encode(answer, add_special_tokens=False), end]
+            rows.append([*family._question_ids(PLACE.format(phrase=phrase))[shared:], *told])
+            known.append(len(told) if answer else 0)
     pixels = family._pixels(noisy(render(np.stack([asked[0].grid for asked in scenes])), rng))
     seen = looked_at(model, pixels, torch.tensor([ask[:shared]] * len(scenes)))
     cache = model.model.language_model(inputs_embeds=seen, use_cache=True).past_key_values
@@ -120,7 +120,7 @@ def looking_losses(family: Janus, scenes: list[list[Judged]], rng: np.random.Gen
     labels = padded[row, column]
     losses = F.cross_entropy(model.lm_head(hidden[row, column - 1]), labels, reduction="none")
     questions = len(scenes[0])
-    number = row % (questions + 2)
+    number = row % (questions + 3)
     yes, no = (losses[(number < questions) & (labels == answer)] for answer in (one, zero))
     return (yes.mean() + no.mean()) / 2, losses[number == questions].mean(), losses[number > questions].mean()
 
