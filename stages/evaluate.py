@@ -27,12 +27,13 @@ def judges_of(config: Config, benchmark: str, categories: set[str]) -> metrics.J
     if benchmark not in config.benchmarks:
         raise UserError(f"--benchmark {benchmark}: not in the section benchmarks, which has {', '.join(config.benchmarks)}")
     chosen = config.benchmarks[benchmark]
-    if unknown := sorted(chosen.scorers.keys() - categories):
-        raise UserError(
-            f"benchmarks.{benchmark}.scorers.{unknown[0]}: the benchmark has no prompt of this category; "
-            f"its categories are {', '.join(sorted(categories))}"
-        )
-    return metrics.Judges(chosen.judge, config.scorers(benchmark))
+    for key in ("scorers", "second_scorers"):
+        if unknown := sorted(getattr(chosen, key).keys() - categories):
+            raise UserError(
+                f"benchmarks.{benchmark}.{key}.{unknown[0]}: the benchmark has no prompt of this category; "
+                f"its categories are {', '.join(sorted(categories))}"
+            )
+    return metrics.Judges(chosen.judge, config.scorers(benchmark), chosen.second_scorers)
 
 
 def metric_rows(
@@ -87,7 +88,8 @@ def main() -> None:
 
     found = metric_rows(prompts, judges, counts, of_base, config.evaluate.bootstrap)
     common = {"run": config.run, "arm": arguments.arm, "benchmark": arguments.benchmark, "seed": config.seed}
-    facts = {"judge": judges.judge, "scorers": judges.scorers, **config.evaluate.model_dump()}
+    facts = {"judge": judges.judge, "scorers": judges.scorers, "second_scorers": judges.second}
+    facts |= config.evaluate.model_dump()
     parents = [arguments.prompts, *arguments.scores, *arguments.verdicts, *arguments.base_scores, *arguments.base_verdicts]
     parents += arguments.arm_scores_of_base
     rows = [common | row for row in found]

@@ -13,12 +13,17 @@ from stages.common import manifests
 from stages.common.errors import run_stage
 from stages.common.files import write_csv
 
-SHOWN = (("gen", "non", "judge_on_base", "judge_on_own"), ("und_paper", "und_pooled", "false_acceptance", "false_refusal"))
+SHOWN = (
+    ("gen", "gen_second", "non", "judge_on_base", "judge_on_own"),
+    ("und_paper", "und_pooled", "false_acceptance", "false_refusal"),
+)
 UNREADABLE = ("own_unreadable", "judge_unreadable", "scorer_unreadable")
+BY = {"gen": "scorer", "scorer_unreadable": "scorer", "gen_second": "second_scorer"}
 INTERVALS = ("ci_low", "ci_high", "delta", "delta_ci_low", "delta_ci_high")
 LEGEND = """\
 Values are percentages, overall, of n images. In parentheses: the 95 % interval of the difference from base over prompts.
-gen: the image matches its prompt according to the benchmark's judge or scorers. non: the model rejects its own image.
+gen: the image matches its prompt according to the benchmark's judge or scorers, and gen_second to its second scorers.
+non: the model rejects its own image.
 judge_on_base, judge_on_own: the model agrees with the benchmark's judge on the base model's images, and on its own.
 und_paper: the win rate over base, on the n images on which the verdicts differ, where a category without any counts as 50.
 und_pooled: the same over all categories together. The intervals of both are those of the difference from 50, a draw.
@@ -40,7 +45,7 @@ def summary_rows(metrics: list[Row]) -> list[Row]:
         line = table.setdefault((row["benchmark"], row["arm"], row["category"]), identity | {"judge": None, "scorer": None})
         name = row["metric"]
         if row["judge"]:
-            line["scorer" if name in ("gen", "scorer_unreadable") else "judge"] = row["judge"]
+            line[BY.get(name, "judge")] = row["judge"]
         line |= {name: row["value"], f"{name}_n": row["denominator"]}
         line |= {f"{name}_{key}": row[key] for key in INTERVALS}
     return list(table.values())

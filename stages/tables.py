@@ -28,6 +28,7 @@ from stages.tools import recipe
 
 Row = dict[str, Any]
 METRICS = {"gen": "Gen.", "und_paper": "Und.", "non": "Non."}
+WITH_SECOND = {"gen": "Gen.", "gen_second": "second Gen.", "und_paper": "Und.", "non": "Non."}  # of a category
 OVERALL = "overall"
 WIDTH = 6  # columns of numbers side by side in LaTeX
 LEGEND = (
@@ -135,6 +136,12 @@ def lines(config: Config, groups: list[Group], rows: list[Row], paper: list[Row]
     return found
 
 
+def shown(rows: list[Row], category: str) -> dict[str, str]:
+    """Return the metrics that have a column in a category; the second Gen. only where a second scorer measures it."""
+    second = (row["value"] for row in rows if row["metric"] == "gen_second" and row["category"] == category)
+    return WITH_SECOND if any(value is not None for value in second) else METRICS
+
+
 def as_ours(config: Config, names: Sequence[str], paper: list[Row]) -> list[Row]:
     """Return the paper's rows under the names that the run gives to their benchmarks."""
     return [row | {"benchmark": name} for name in names for row in paper if same_benchmark(config, name, row["benchmark"])]
@@ -168,7 +175,7 @@ def by_subtask(config: Config, rows: list[Row], paper: list[Row], difficulty: di
         if not wanted:
             continue
         categories = dict.fromkeys(row["category"] for row in wanted)
-        groups = [Group(category, METRICS, difficulty.get((name, category), "")) for category in categories]
+        groups = [Group(category, shown(wanted, category), difficulty.get((name, category), "")) for category in categories]
         table = lines(config, groups, wanted, as_ours(config, [name], paper), lambda row: row["category"])
         notes = [LEGEND, *paper_notes(config, table), recipe.drawing(config), recipe.benchmark(config, name)]
         tables.append(Table(f"{name} by subtask, run {config.run}", name, groups, table, [*notes, recipe.asking(config)]))

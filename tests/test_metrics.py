@@ -123,6 +123,21 @@ def test_without_an_external_judge_the_scorers_still_measure_gen():
     assert metrics.share("gen", counts["gen"], metrics.groups_of(PROMPTS)["overall"]) == pytest.approx(200 / 3)
 
 
+def test_a_second_scorer_measures_gen_once_more_in_its_categories_alone():
+    judges = Judges("judge", {"color": "scorer"}, {"color": "upstream"})
+    scored = {"scorer": external("110.."), "upstream": external("111..", [0.5, 0.25, 0.0, None, None])}
+    seen = images("00011", "11111", **scored)
+    counts = metrics.count(PROMPTS, judges, seen, seen, seen.own)
+    assert counts["gen"][:, 0].tolist() == [[2, 2], [3, 2]]
+    assert counts["gen_second"][:, 0].tolist() == [[0.75, 0], [3, 0]]
+    assert metrics.share("gen_second", counts["gen_second"], metrics.groups_of(PROMPTS)["overall"]) == pytest.approx(25)
+    assert judges.of("gen_second", "overall", ["color", "shape"]) == "upstream"
+    assert judges.of("gen_second", "shape", ["color", "shape"]) is None
+    del seen.external["upstream"]["p3"]
+    with pytest.raises(UserError, match="the judge upstream has no row for 1 of the 3"):
+        metrics.count(PROMPTS, judges, seen, seen, seen.own)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

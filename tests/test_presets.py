@@ -14,7 +14,7 @@ from tests.tiny_judges import write_tiny_blip, write_tiny_clip, write_tiny_detec
 from tests.tiny_vlm import write_tiny_vlm
 
 JUDGES = {
-    "t2i-compbench": ["qwen", "attributes", "objects", "action", "all-three"],
+    "t2i-compbench": ["qwen", "attributes", "objects", "objects-upstream", "action", "all-three"],
     "geneval": ["qwen", "geneval"],
     "science-t2i": ["qwen", "science"],
 }
@@ -83,6 +83,8 @@ def test_a_preset_plans_all_benchmarks_with_their_judges(size, place):
     assert found == {(judge, name): 10 for name, judges in JUDGES.items() for judge in judges}
     spatial = next(line for line in judged if "--judge objects" in line)
     assert "--categories spatial 3d_spatial numeracy" in spatial
+    upstream = next(line for line in judged if "--judge objects-upstream" in line)
+    assert "--categories spatial 3d_spatial " in upstream
     assert not any("--categories" in line for line in judged if "--judge qwen" in line)
     for arm in ("base", "sft", "dpo", "c-sft", "c-dpo"):
         for name in JUDGES:

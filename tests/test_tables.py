@@ -23,7 +23,9 @@ FIELDS = {
     "seed": 7,
     "model": {"checkpoint": "checkpoints/Janus-Pro-7B"},
     "benchmarks": {
-        "t2i-compbench": COMPBENCH | {"judge": "attributes", "scorers": {"complex": "qwen"}},
+        "t2i-compbench": COMPBENCH
+        | {"judge": "attributes", "scorers": {"complex": "qwen"}}
+        | {"second_scorers": {"complex": "attributes"}},
         "unjudged": {"prompts": {"source": "shapes", "count": 12}},
     },
     "judges": {
@@ -56,7 +58,8 @@ def written(folder: Path, fields: dict | None = None, benchmarks=("t2i-compbench
                 metric(arm, "t2i-compbench", category, name, value + place, 0 if name == "und_paper" else 20)
                 for category, value in (("overall", 40), ("color", 30), ("complex", 50))
                 for name in ("gen", "und_paper", "non", "weak_generation")
-            ],
+            ]
+            + [metric(arm, "t2i-compbench", "complex", "gen_second", 44.0 + place)],
             "unjudged": [metric(arm, "unjudged", category, "non", 60.0 + place) for category in ("overall", "color")],
             "scenes": [metric(arm, "scenes", "overall", f"metric_{i}", 70.0 + i + place) for i in range(8)],
         }
@@ -101,6 +104,18 @@ def test_the_papers_numbers_stand_below_those_of_the_same_row(tables):
     assert "sft, paper & 43.29 & 58.39 & 16.98 & -- &" in (tables / "generation.tex").read_text()
 
 
+def test_a_second_scorer_has_a_column_where_it_measures(tables):
+    rows = rows_of(tables / "by_subtask.csv")
+    found = {row["category"]: row.get("gen_second") for row in rows if row["model"] == "sft" and row["source"] == "mine"}
+    assert found["complex"] == "45.0"
+    assert found["color"] == ""
+    text = (tables / "by_subtask.md").read_text()
+    assert "complex (medium) second Gen." in text
+    assert "color second Gen." not in text
+    assert "second Gen. of complex by attributes (" in text
+    assert "second Gen." not in (tables / "generation.md").read_text().split("\n")[2]
+
+
 def test_without_the_setting_or_for_another_benchmark_the_paper_says_nothing(tmp_path):
     other = FIELDS | {"benchmarks": {"unjudged": FIELDS["benchmarks"]["unjudged"]}}
     for number, (fields, benchmarks) in enumerate([(FIELDS | {"report": {}}, ("t2i-compbench",)), (other, ("unjudged",))]):
@@ -125,7 +140,7 @@ def test_subtasks_have_their_difficulty_and_every_model(tables):
     ours = [row for row in rows if row["benchmark"] == "t2i-compbench"]
     assert {(row["category"], row["difficulty"]) for row in ours} == {("color", ""), ("complex", "medium")}
     assert [row["gen"] for row in ours if row["category"] == "complex"] == ["50.0", "51.0", "52.0"]
-    assert r"\multicolumn{3}{c}{complex (medium)}" in (tables / "by_subtask.tex").read_text()
+    assert r"\multicolumn{4}{c}{complex (medium)}" in (tables / "by_subtask.tex").read_text()
 
 
 def test_understanding_has_a_column_for_each_metric(tables):

@@ -52,6 +52,11 @@ class Benchmark(Section):
         description="For single categories, the judge that measures generation (Gen.) there. Categories that are not listed "
         "use the suite's own scorer, or the judge.",
     )
+    second_scorers: dict[str, str] = Field(
+        default={},
+        description="For single categories, a second judge that measures generation as well, in the metric gen_second. A "
+        "benchmark can then be scored by its published formula and by a mended one at once.",
+    )
 
 
 class Generate(Section):
@@ -356,7 +361,8 @@ class Config(Section):
     def _judge_problems(self) -> list[str]:
         wanted = {f"benchmarks.{name}.judge": benchmark.judge for name, benchmark in self.benchmarks.items()}
         for name, benchmark in self.benchmarks.items():
-            wanted |= {f"benchmarks.{name}.scorers.{category}": judge for category, judge in benchmark.scorers.items()}
+            for key in ("scorers", "second_scorers"):
+                wanted |= {f"benchmarks.{name}.{key}.{place}": judge for place, judge in getattr(benchmark, key).items()}
         for name in self.arms:
             with_oracle = self.arms[name].pairs.get("oracle", self.pairs.oracle)
             wanted[f"arms.{name}.pairs.oracle"] = with_oracle if isinstance(with_oracle, str) else None
@@ -507,8 +513,14 @@ class Config(Section):
 
     def benchmark_judges(self, benchmark: str) -> list[str]:
         """Return the names of all judges that look at a benchmark's images, the external judge first."""
-        judge = self.benchmarks[benchmark].judge
-        return list(dict.fromkeys([*([judge] if judge else []), *self.scorers(benchmark).values()]))
+        chosen = self.benchmarks[benchmark]
+        scorers = [*self.scorers(benchmark).values(), *chosen.second_scorers.values()]
+        return list(dict.fromkeys([*([chosen.judge] if chosen.judge else []), *scorers]))
+
+    def scored_categories(self, benchmark: str, judge: str) -> list[str]:
+        """Return the categories of a benchmark in which a judge is the scorer or the second scorer."""
+        both = (self.scorers(benchmark), self.benchmarks[benchmark].second_scorers)
+        return list(dict.fromkeys(category for scorers in both for category, name in scorers.items() if name == judge))
 
 
 # Where the keys of earlier versions are now.

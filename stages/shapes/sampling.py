@@ -117,8 +117,8 @@ def describe(grid: np.ndarray, split: str, rng: np.random.Generator) -> Meaning 
 def sample_places(grid: np.ndarray, rng: np.random.Generator) -> list[tuple[str, str]]:
     """Return for each of a scene's two objects a phrase that fits it alone, and where it is from the other.
 
-    "red star": "left above"; "same" on an axis on which both are equal. The list is empty if the scene does not have two objects,
-    and an object whose phrase also fits the other is left out.
+    "red star": "left above"; "same" on an axis on which both are equal. The list is empty if the scene does not have two
+    objects, and an object whose phrase also fits the other is left out.
     """
     flat = grid.ravel()
     cells = rng.permutation(np.flatnonzero(flat))

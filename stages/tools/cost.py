@@ -154,8 +154,8 @@ def benchmark_works(config: Config, name: str, prompts: list[Row]) -> list[Work]
         works += [Work("draw", node, name, images), Work("judge", node, name, images)]
         works += [Work("judge", node, f"{name} of base", images)] if node != "base" else []
         for judge in config.benchmark_judges(name):
-            of_judge = [category for category, scorer in config.scorers(name).items() if scorer == judge]
-            seen = images if judge == chosen.judge else count * sum(by_category[category] for category in of_judge)
+            scored = count * sum(by_category[category] for category in config.scored_categories(name, judge))
+            seen = images if judge == chosen.judge else scored
             works.append(Work("external", node, name, seen, judge))
     return works
 

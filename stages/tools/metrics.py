@@ -5,6 +5,7 @@ judge, and `scorer` is the judge that measures generation in the prompt's catego
 its suite names another. Verdicts already include each judge's threshold; none is applied here.
 
 gen                    mean graded score of the scorer over the model's images, or mean verdict if it gives no graded scores
+gen_second             the same by the second scorers, over the categories that have one
 non                    share of the model's images that the model itself rejects
 weak_generation        P(judge rejects | own rejects): of the images that the model itself rejects, the share that the judge
                        rejects too
@@ -57,14 +58,16 @@ DRAW = 50.0  # win rate when as many verdicts change for the better as for the w
 AGAINST_BASE = ("und", "und_paper", "und_pooled")  # these already compare with base, so their difference is from a draw
 OWN_ONLY = ("non", "own_unreadable", "neither")  # these need no external judge
 BY_SCORER = ("gen", "scorer_unreadable")
+BY_SECOND = "gen_second"
 
 
 @dataclass(frozen=True)
 class Judges:
-    """The judges of a benchmark by name: the external judge or None, and the scorers of single categories."""
+    """The judges of a benchmark by name: the external judge or None, and the scorers and second scorers by category."""
 
     judge: str | None = None
     scorers: Mapping[str, str] = field(default_factory=dict)
+    second: Mapping[str, str] = field(default_factory=dict)
 
     def scorer(self, category: str) -> str | None:
         """Return the name of the judge that measures generation in a category."""
@@ -74,16 +77,19 @@ class Judges:
         """Return whether these judges can measure a metric."""
         if metric == "scorer_unreadable":
             return bool(self.scorers)
+        if metric == BY_SECOND:
+            return bool(self.second)
         return metric in OWN_ONLY or self.judge is not None or (metric == "gen" and bool(self.scorers))
 
     def of(self, metric: str, category: str, categories: Iterable[str]) -> str | None:
         """Return the name of the judge that measures a metric in a category; for `overall` it may be several, joined."""
         if metric in OWN_ONLY:
             return None
-        if metric not in BY_SCORER:
+        if metric not in (*BY_SCORER, BY_SECOND):
             return self.judge
+        scorer = self.second.get if metric == BY_SECOND else self.scorer
         members = sorted(categories) if category == "overall" else [category]
-        return ", ".join(dict.fromkeys(name for part in members if (name := self.scorer(part)))) or None
+        return ", ".join(dict.fromkeys(name for part in members if (name := scorer(part)))) or None
 
 
 @dataclass
@@ -170,8 +176,9 @@ def require_complete(images: Images, judges: Judges, category_of: Mapping[str, s
             raise UserError(
                 f"--prompts: prompt_id {prompt} of {whose} images is not there; give the prompt manifest of these images"
             )
-        if scorer := judges.scorer(category_of[prompt]):
-            wanted.setdefault(scorer, set()).add(candidate)
+        for scorer in (judges.scorer(category_of[prompt]), judges.second.get(category_of[prompt])):
+            if scorer:
+                wanted.setdefault(scorer, set()).add(candidate)
     for judge, candidates in wanted.items():
         judged = images.external.setdefault(judge, {}).keys()
         if missing := candidates - judged:
@@ -191,12 +198,13 @@ def require_complete(images: Images, judges: Judges, category_of: Mapping[str, s
 
 @dataclass(frozen=True)
 class OwnImage:
-    """All verdicts on one of the model's own images. judge and scorer are None if the benchmark has none."""
+    """All verdicts on one of the model's own images. judge, scorer and second are None if the benchmark has none."""
 
     own: bool | None
     neither: float | None
     judge: Verdict | None
     scorer: Verdict | None
+    second: Verdict | None = None
 
 
 @dataclass(frozen=True)
@@ -213,6 +221,10 @@ class BaseImage:
 
 def gen(image: OwnImage) -> float | None:
     return image.scorer.grade if image.scorer else None
+
+
+def gen_second(image: OwnImage) -> float | None:
+    return image.second.grade if image.second else None
 
 
 def non(image: OwnImage) -> float | None:
@@ -280,6 +292,7 @@ def agreement(one: bool | None, other: bool | None) -> bool | None:
 
 ON_OWN: dict[str, Callable[[OwnImage], float | None]] = {
     "gen": gen,
+    BY_SECOND: gen_second,
     "non": non,
     "weak_generation": weak_generation,
     "judge_on_own": judge_on_own,
@@ -315,9 +328,10 @@ def count(
 
     own_images: dict[str, OwnImage] = {}
     for name, prompt in own.prompt.items():
-        scorer = judges.scorer(category_of[prompt])
-        judged, scored = (own.external[judge][name] if judge else None for judge in (judges.judge, scorer))
-        own_images[name] = OwnImage(own.own[name], own.neither[name], judged, scored)
+        category = category_of[prompt]
+        asked = (judges.judge, judges.scorer(category), judges.second.get(category))
+        verdicts = [own.external[judge][name] if judge else None for judge in asked]
+        own_images[name] = OwnImage(own.own[name], own.neither[name], *verdicts)
     base_images: dict[str, BaseImage] = {}
     for name in base.prompt:
         matches = base.external[judges.judge][name].matches if judges.judge else None

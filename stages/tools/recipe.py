@@ -48,6 +48,7 @@ def benchmark(config: Config, name: str) -> str:
     count = f" (count {chosen.prompts.count})" if chosen.prompts.count else ""
     judge = f"judge {judging(config, chosen.judge)}" if chosen.judge else "no external judge, so only Non. is measured"
     scored = [f"Gen. of {category} by {judging(config, judge)}" for category, judge in scorers.items()]
+    scored += [f"second Gen. of {category} by {judging(config, judge)}" for category, judge in chosen.second_scorers.items()]
     images = f"{chosen.images_per_prompt} images for each prompt of {chosen.prompts.source}{count}"
     return f"{name}: {'; '.join([images, judge, *scored])}."
 

@@ -220,7 +220,8 @@ def files(run: Path, node: str, *folders: str) -> list[Path]:
 
 def counted(run: Path, config: Config, benchmark: str, prompts: list[Row]) -> dict[str, dict[str, metrics.Counts]]:
     """Return the counts of every metric by prompt in one run, by arm."""
-    judges = metrics.Judges(config.benchmarks[benchmark].judge, config.scorers(benchmark))
+    chosen = config.benchmarks[benchmark]
+    judges = metrics.Judges(chosen.judge, config.scorers(benchmark), chosen.second_scorers)
 
     def images(arm: str) -> metrics.Images:
         looking = config.benchmark_judges(benchmark)

@@ -29,6 +29,7 @@ rule evaluate:
         settings=read_by("stages.evaluate", settings.evaluate),
         judge=lambda wildcards: settings.benchmarks[wildcards.benchmark].judge,
         scorers=lambda wildcards: settings.scorers(wildcards.benchmark),
+        second_scorers=lambda wildcards: settings.benchmarks[wildcards.benchmark].second_scorers,
         seed=settings.seed,
     message:
         "Evaluation: {wildcards.node} on {wildcards.benchmark}"

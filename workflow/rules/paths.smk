@@ -105,7 +105,7 @@ def judged_categories(wildcards):
     """Return the categories of a judge that is only a scorer for some categories; empty if it judges all images."""
     if wildcards.set not in BENCHMARKS or wildcards.judge == settings.benchmarks[wildcards.set].judge:
         return []
-    return [category for category, judge in settings.scorers(wildcards.set).items() if judge == wildcards.judge]
+    return settings.scored_categories(wildcards.set, wildcards.judge)
 
 
 def judge_settings(name):
