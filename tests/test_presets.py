@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from stages.common.config import load
-from tests.helpers import BENCHMARKS, ROOT, TINY, completed, done, environment, refused
+from tests.helpers import BENCHMARKS, ROOT, TINY, completed, done, environment, merged, refused
 from tests.test_science import APPLE, LAPTOP, write_benchmark
 from tests.tiny_judges import write_tiny_blip, write_tiny_clip, write_tiny_detector, write_tiny_geneval
 from tests.tiny_vlm import write_tiny_vlm
@@ -19,6 +19,21 @@ JUDGES = {
     "science-t2i": ["qwen", "science"],
 }
 UNDERSTANDING = ("pope", "mmb", "gqa", "mmmu", "seed")
+# Everything of a preset but its understanding benchmarks, with few prompts and one arm, so that it runs on a laptop.
+FEW = {
+    "prompts": {"count": 16},
+    "benchmarks": {
+        "t2i-compbench": {"prompts": {"count": 16}, "images_per_prompt": 1},
+        "geneval": {"prompts": {"count": 6}, "images_per_prompt": 1},
+        "science-t2i": {"images_per_prompt": 1},
+    },
+    "understanding": dict.fromkeys(UNDERSTANDING),
+    "generate": {"candidates": 2, "batch_size": 16, "shards": 1},
+    "pairs": {"accept_threshold": 0.0, "reject_threshold": 0.0},  # the tiny model does not know the words of these prompts
+    "train": {"batch_size": 4, "micro_batch_size": 4, "gpus": 1, "warmup_steps": 0, "fork_epochs": [1]},
+    "arms": {"sft": {"epochs": 1}, "dpo": None, "c-sft": None, "c-dpo": None},
+    "baselines": {"t2i-r1": str(TINY)},
+}
 needs_benchmarks = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks' prompt files are not there")
 
 
@@ -81,7 +96,7 @@ def test_a_preset_plans_all_benchmarks_with_their_judges(size, place):
     )
     # Two shards for base and each of the four arms.
     assert found == {(judge, name): 10 for name, judges in JUDGES.items() for judge in judges}
-    spatial = next(line for line in judged if "--judge objects" in line)
+    spatial = next(line for line in judged if "--judge objects " in line)
     assert "--categories spatial 3d_spatial numeracy" in spatial
     upstream = next(line for line in judged if "--judge objects-upstream" in line)
     assert "--categories spatial 3d_spatial " in upstream
@@ -100,6 +115,39 @@ def test_a_wrong_checkpoint_of_a_judge_is_named_before_anything_is_drawn(place):
     refused(dry_run(place, "7b", judges=absent), "absent/config.json: not found; set depth of the judge detector")
     absent = {"attributes": {"phrases": "data/absent.parquet"}}
     refused(dry_run(place, "7b", judges=absent), "data/absent.parquet: no such file; write the prompts' noun phrases")
+
+
+def with_phrases(folder) -> dict:
+    """Write the noun phrases of the few prompts, and return the changes that make a preset run on them."""
+    preset = yaml.safe_load((ROOT / "configs/janus-pro-7b.yaml").read_text())
+    (folder / "few.yaml").write_text(yaml.safe_dump(merged(preset, FEW)))
+    prompts, phrases = folder / "data/few.parquet", folder / "data/few-phrases.parquet"
+    done("prompts", "--config", folder / "few.yaml", "--set", "t2i-compbench", "--out", prompts, cwd=folder)
+    done("phrases", "--prompts", prompts, "--by", "rules", "--out", phrases)
+    attributes = {"phrases": "data/few-phrases.parquet"}
+    return FEW | {"judges": {"attributes": attributes, "all-three": {"attributes": attributes}}}
+
+
+def assert_the_tables_are_whole(results) -> None:
+    lines = (results / "tables/generation.md").read_text().splitlines()
+    models = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
+    assert models[1:] == ["base", "base, paper", "t2i-r1", "t2i-r1, paper", "sft", "sft, paper"]
+    base = [cell.strip() for cell in lines[4].split("|")[2:-1]]
+    assert len(base) == 9
+    assert all(", n " in cell for cell in base[::3]), "Gen. of every benchmark is measured"
+    for name in ("generation", "by_subtask"):
+        assert {path.suffix for path in (results / "tables").glob(f"{name}.*")} == {".csv", ".md", ".tex"}
+    subtasks = (results / "tables/by_subtask.md").read_text()
+    assert "spatial (medium) second Gen." in subtasks
+    assert all(stratum in subtasks for stratum in ("single_object (easy)", "physics (hard)"))
+
+
+@needs_benchmarks
+@pytest.mark.slow
+def test_a_small_run_of_a_preset_ends_with_the_tables(place):
+    result = run_preset(place, "7b", "--cores", 2, **with_phrases(place))
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert_the_tables_are_whole(place / "results/janus-pro-7b")
 
 
 @needs_benchmarks
