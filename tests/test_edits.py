@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers import edited, planned_outputs, rerun, restored, write_config
 
-AFTER_JUDGE = {"judge", "evaluate", "summary", "tables", "contact_sheet", "judge_report"}
+AFTER_JUDGE = {"judge", "evaluate", "summary", "tables", "contact_sheet", "judge_report", "pages"}
 # When training re-runs, so does everything that the trained models draw and judge, with the replay and the later schedules.
 AFTER_TRAIN = {"train", "generate", "score", "replay_pairs", "replay_merge", "schedule", *AFTER_JUDGE}
 AFTER_SCORE = {"pairs", "reference", "replay_pool", *AFTER_TRAIN}
@@ -54,13 +54,13 @@ EDITS: dict[str, tuple[str, str, str, set[str]]] = {
         "stages/judges/shapes.py",
         '    kind: Literal["shapes"]\n',
         '    kind: Literal["shapes"]\n    spare: int = 0\n',
-        {"tables"},  # which say how images were drawn and judged
+        {"tables", "pages"},  # which say how images were drawn and judged
     ),
     "a new setting of the sampling that nothing reads": (
         "stages/families/janus/__init__.py",
         "    temperature: Annotated",
         '    spare: int = Field(default=0, description="Nothing reads it.")\n    temperature: Annotated',
-        {"tables"},  # which say how images were drawn and judged
+        {"tables", "pages"},  # which say how images were drawn and judged
     ),
     "a new family": (FAMILIES, "FAMILIES = {\n", 'FAMILIES = {\n    "other": "stages.families.other:OTHER",\n', set()),
     "a new kind of judge": (JUDGES, "JUDGES = {\n", 'JUDGES = {\n    "again": "stages.judges.shapes:SHAPES",\n', set()),
@@ -109,16 +109,24 @@ EDITS: dict[str, tuple[str, str, str, set[str]]] = {
         METRICS,
         "return image.scorer.grade if",
         "return 1 * image.scorer.grade if",
-        {"evaluate", "summary", "tables"},
+        {"evaluate", "summary", "tables", "pages"},
     ),
-    "an interval of the judge report": ("stages/tools/intervals.py", "inv_cdf(0.975)", "inv_cdf(0.95)", {"judge_report"}),
-    "the table": ("stages/common/files.py", "round(v, 3)", "round(v, 4)", {"summary", "tables"}),
+    "an interval of the judge report": (
+        "stages/tools/intervals.py",
+        "inv_cdf(0.975)",
+        "inv_cdf(0.95)",
+        {"judge_report", "pages"},
+    ),
+    "the table": ("stages/common/files.py", "round(v, 3)", "round(v, 4)", {"summary", "tables", "pages"}),
     "the replayed pool": (
         "stages/replay.py",
         'WAITS = "no_accepted"',
         'WAITS = "no_" + "accepted"',
         {"replay_pool", *AFTER_TRAIN},
     ),
+    "the template of a page": ("stages/pages/templates/gallery.html", "<h1>Gallery</h1>", "<h1>Images</h1>", {"pages"}),
+    "the script of a page": ("stages/pages/assets/gallery.js", "", "\n// more\n", {"pages"}),
+    "a page's code": ("stages/pages/gallery.py", "SEEN = 160", "SEEN = 100", {"pages"}),
     "the prompts": ("stages/prompts.py", '.lower().rstrip(".").rstrip()', '.lower().rstrip(".")', AFTER_PROMPTS),
 }
 
@@ -160,7 +168,7 @@ def test_the_learning_rate_runs_training_and_what_follows(run):
         ({"generate": {"batch_size": 10}, "score": {"batch_size": 5}, "report": {"prompts": 2}}, {"contact_sheet"}),
         ({"model": {"workers": 2}}, set()),
         ({"train": {"micro_batch_size": 4, "save_every_steps": 7}}, set()),
-        ({"evaluate": {"bootstrap": 300}}, {"evaluate", "summary", "tables"}),
+        ({"evaluate": {"bootstrap": 300}}, {"evaluate", "summary", "tables", "pages"}),
         ({"score": {"verdict_threshold": 0.6}}, AFTER_SCORE),
     ],
     ids=["speed and the sheet", "workers", "saves", "intervals", "verdict threshold"],
@@ -189,8 +197,8 @@ def test_adding_a_benchmark_runs_only_that_benchmark(run):
     benchmark = {"prompts": {"source": "shapes", "split": "validation", "categories": ["color"], "count": 3}, "judge": "shapes"}
     with restored(folder / "config.yaml"):
         write_config(folder, benchmarks={"colours": benchmark})
-        expected = {"prompts", "prompt_sets", "generate", "score", "judge", "evaluate", "summary", "tables", "judge_report"}
-        assert rerun(run) == expected
+        drawn = {"prompts", "prompt_sets", "generate", "score", "judge", "evaluate"}
+        assert rerun(run) == drawn | {"summary", "tables", "judge_report", "pages"}
         for stage in ("generate", "score", "judge"):
             assert {"colours"} == {line.split("/")[-2] for line in planned_outputs(run, stage).splitlines()}
 
@@ -199,7 +207,7 @@ def test_adding_an_understanding_benchmark_asks_every_arm_and_nothing_else(run):
     _, folder, _ = run
     with restored(folder / "config.yaml"):
         write_config(folder, understanding={"scenes": {"kind": "shapes", "count": 8, "captions": 0}})
-        assert rerun(run) == {"understand", "count_answers", "summary", "tables"}
+        assert rerun(run) == {"understand", "count_answers", "summary", "tables", "pages"}
         asked = {line.split("/")[2] for line in planned_outputs(run, "understand").splitlines()}
         assert asked == {"base", "sft", "dpo", "c-sft"}
 
@@ -208,6 +216,6 @@ def test_learning_curves_evaluate_the_checkpoints_within_the_arms_and_nothing_el
     _, folder, _ = run
     with restored(folder / "config.yaml"):
         write_config(folder, evaluate={"every_checkpoint": True})
-        assert rerun(run) == {"generate", "score", "judge", "evaluate", "learning_curves"}
+        assert rerun(run) == {"generate", "score", "judge", "evaluate", "learning_curves", "pages"}
         for stage in ("generate", "score", "judge", "evaluate"):
             assert {line.split("/")[2] for line in planned_outputs(run, stage).splitlines()} == {"sft-epoch1"}

@@ -12,7 +12,10 @@ results/<run>/<arm>/pairs.parquet, discard.parquet                   arms with e
 results/<run>/<node>/schedule.parquet, checkpoint/, training.parquet, replay/
 results/<run>/<node>-by-<who>/replay/                                the replay of a control, with its candidates and scores
 results/<run>/tables/                                                the result tables as CSV, Markdown and LaTeX
+results/<run>/pages/, report.html                                    gallery, report and review
 """
+
+from hashlib import sha256
 
 # Models
 
@@ -319,12 +322,23 @@ def reported_arguments(kind):
     return [f"--{kind} {name} {node} {RUN}/{node}/{folder}/{name}/{shards}" for name, node, folder in folders if folder]
 
 
-def final_outputs():
-    """Return the final outputs of a run: tables and pictures or, without a benchmark, the arms' checkpoints."""
-    if not BENCHMARKS:
-        table = [f"{RUN}/summary.csv", *table_files()] if UNDERSTANDING else []
-        return [path for arm in settings.arms for path in checkpoint_files(arm, "draw")] + table + waiting_pools()
+def template_files():
+    """Return the templates and assets of the pages, each with a hash: a parameter like the fingerprint of code."""
+    folder = Path(workflow.basedir) / "stages" / "pages"
+    paths = sorted(path for part in ("templates", "assets") for path in (folder / part).iterdir())
+    return [f"{path.relative_to(workflow.basedir)}@{sha256(path.read_bytes()).hexdigest()[:8]}" for path in paths]
+
+
+def shown_files():
+    """Return what the pages are made from, as far as it is not made from one another: all images have been counted in metrics."""
     judge_report = [f"{RUN}/judge_report.parquet", f"{RUN}/judge_report.png"] if JUDGED else []
-    curves = [f"{RUN}/learning_curves.png"] if settings.evaluate.every_checkpoint else []
-    tables = [f"{RUN}/summary.csv", *table_files()]
-    return [*tables, f"{RUN}/contact_sheet.png", *judge_report, *curves, *waiting_pools()]
+    curves = [f"{RUN}/learning_curves.png"] if BENCHMARKS and settings.evaluate.every_checkpoint else []
+    trained = [] if BENCHMARKS else [path for arm in settings.arms for path in checkpoint_files(arm, "draw")]
+    return [*metrics_files(), *table_files(), *judge_report, *curves, *trained, *waiting_pools()]
+
+
+def final_outputs():
+    """Return the final outputs of a run: pages, summary and pictures or, without a benchmark, the arms' checkpoints and pages."""
+    summary = [f"{RUN}/summary.csv"] if BENCHMARKS or UNDERSTANDING else []
+    sheet = [f"{RUN}/contact_sheet.png"] if BENCHMARKS else []
+    return [*summary, *sheet, *shown_files(), f"{RUN}/report.html", f"{RUN}/pages"]

@@ -1,4 +1,6 @@
-"""The final outputs: the summary of all arms, the tables, the contact sheet, the judge report and, where asked for, learning curves."""
+"""The final outputs: the summary of all arms, the tables, the contact sheet, the judge report, learning curves and the pages."""
+
+import sys
 
 
 rule summary:
@@ -161,3 +163,31 @@ if BENCHMARKS and settings.evaluate.every_checkpoint:
             " --out {output.table:q}"
             " --plot {output.plot:q}"
             " > {log:q} 2>&1"
+
+
+# `snakemake --report` can put a folder into a ZIP file, but not into a single HTML file, which has the report only.
+ZIPPED = any(argument.endswith(".zip") for argument in sys.argv)
+PAGES = directory(f"{RUN}/pages")
+
+
+rule pages:
+    input:
+        shown_files(),
+    output:
+        report=report(f"{RUN}/report.html", caption="../report/report.rst", category="Pages"),
+        pages=report(PAGES, htmlindex="index.html", caption="../report/pages.rst", category="Pages") if ZIPPED else PAGES,
+    log:
+        f"{RUN}/logs/pages.log",
+    conda:
+        "../../envs/light.yaml"
+    resources:
+        mem_mb=2000,
+        runtime=120,
+    params:
+        code=code("stages.browse", mentioned=[]),
+        templates=template_files(),
+        run=RUN,
+    message:
+        "Pages"
+    shell:
+        "python -m stages.browse {params.run:q} --report {output.report:q} --out {output.pages:q} > {log:q} 2>&1"
