@@ -28,6 +28,7 @@ include: "workflow/rules/training.smk"
 include: "workflow/rules/replay.smk"
 include: "workflow/rules/evaluation.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/dynamics.smk"
 
 
 rule all:

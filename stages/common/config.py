@@ -25,7 +25,7 @@ from stages.understanding.base import UnderstandingSettings
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
 ARM = r"^[A-Za-z0-9][A-Za-z0-9.-]*$"  # the name of an arm or a baseline
-FOLDERS = ("prompts", "logs", "benchmarks", "tables")  # of a run, beside those of its checkpoints
+FOLDERS = ("prompts", "logs", "benchmarks", "tables", "dynamics")  # of a run, beside those of its checkpoints
 if TYPE_CHECKING:
     from stages.judges.base import JudgeSettings as Judging
     from stages.suites.base import PromptSource as Prompts
@@ -287,6 +287,63 @@ class Report(Section):
     )
 
 
+class Dynamics(Section):
+    """Learning dynamics (`snakemake dynamics`): what a step on one image does to other images and to the judgement.
+
+    docs/dynamics.md explains what is computed. Nothing here changes the results of the loop itself.
+    """
+
+    benchmark: str | None = Field(
+        default=None,
+        description="The benchmark whose images of the base model are probes. Empty: the first one with an external judge.",
+    )
+    arms: list[str] = Field(
+        default=[],
+        description="The arms whose training rows are examined and whose training is followed. Empty: the first arm of each "
+        "objective that does not replay, and the first of each that does for its replayed rows.",
+    )
+    images: Positive = Field(
+        default=480, description="Images of the base model whose log-likelihood is followed through training."
+    )
+    probes: Positive = Field(
+        default=120, description="Of these, the images for which all terms of every training row are computed."
+    )
+    alternatives: Positive = Field(
+        default=7,
+        description="Alternative prompts of each probe, over which Bayes' posterior is formed: those of the benchmark that "
+        "share the most words with its own.",
+    )
+    rows: Positive = Field(
+        default=120,
+        description="Training rows of each objective: a quarter of rows that the external judge rejects, a quarter of replayed "
+        "ones, as far as there are any, and otherwise rows that it accepts.",
+    )
+    logit_probes: Positive = Field(
+        default=24, description="Probes for which trace and norm of the kernel between logits are estimated."
+    )
+    logit_draws: Annotated[int, Field(ge=2)] = Field(default=8, description="Random sign vectors for these estimates.")
+    step_probes: Positive = Field(default=36, description="Probes for which predicted and measured changes are compared.")
+    step_sizes: list[Annotated[float, Field(gt=0)]] = Field(
+        default=[4.0, 1.0, 0.25, 0.0625, 0.015625],
+        description="Sizes of these steps: of AdamW as multiples of the learning rate, of SGD such that its step is as long.",
+    )
+    segments: Positive = Field(
+        default=4, description="Pieces of each epoch of a training, at the start of each of which first-order terms are taken."
+    )
+    shards: Positive = Field(default=2, description="Jobs that share the probes.")
+    memory: Positive = Field(default=1000, description="Megabytes of gradients of training rows that are kept at once.")
+    parameters: list[str] = Field(
+        default=[],
+        description="Subsets of the trained parameters, such as layers.3, to which the terms are restricted. Empty takes all.",
+    )
+    sketch: Positive = Field(
+        default=4096, description="For `snakemake dynamics_proxies`: numbers to which each gradient is compressed."
+    )
+    clip: str | None = Field(
+        default=None, description="Folder of a CLIP checkpoint for similarities of prompts and images. Empty: none."
+    )
+
+
 class Config(Section):
     """The configuration of one run."""
 
@@ -319,6 +376,7 @@ class Config(Section):
     )
     evaluate: Evaluate = Field(default=Evaluate(), description="How the metrics are summarised.")
     report: Report = Field(default=Report(), description="The contact sheet and the tables.")
+    dynamics: Dynamics = Field(default=Dynamics(), description="Learning dynamics, which only `snakemake dynamics` computes.")
 
     @model_validator(mode="before")
     @classmethod
@@ -340,6 +398,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         problems = [*self._sampling_problems(), *self._judge_problems(), *self._understanding_problems(), *self._arm_problems()]
+        problems += self._dynamics_problems()
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -384,6 +443,15 @@ class Config(Section):
             )
         if both := sorted(self.understanding.keys() & self.benchmarks.keys()):
             problems.append(f"understanding.{both[0]}: benchmarks has one with the same name; choose another name")
+        return problems
+
+    def _dynamics_problems(self) -> list[str]:
+        chosen, problems = self.dynamics, []
+        if chosen.benchmark is not None and chosen.benchmark not in self.benchmarks:
+            problems.append(f"dynamics.benchmark: no benchmark {chosen.benchmark!r} in the section benchmarks")
+        problems += [f"dynamics.arms: no arm {arm!r} in the section arms" for arm in chosen.arms if arm not in self.arms]
+        if chosen.probes > chosen.images:
+            problems.append(f"dynamics.probes is above dynamics.images ({chosen.images}); lower it")
         return problems
 
     def _arm_problems(self) -> list[str]:

@@ -1,0 +1,160 @@
+"""Exact first-order terms: what a step on each training row does to each probe, by subset of parameters.
+
+    python -m stages.dynamics.terms --config config.yaml --probes probes.parquet --rows rows.parquet \\
+        --candidates base/candidates/*/*.parquet --checkpoint models/tiny-janus --shard 0/2 \\
+        --out terms.parquet --values values.parquet
+
+For each pair of a probe and a training row there is Delta G, Delta U and Delta J for learning rate 1, summed over all trained
+parameters and for each layer, in float64. With the objective `kernel` the training row is another probe whose log-likelihood
+is raised: these values are the empirical tangent kernel between the log-likelihoods.
+
+Gradients of at most dynamics.memory megabytes of training rows are held at once, and of one probe, so memory grows neither with
+the number of probes nor with that of rows. Finished batches are kept, and a killed stage continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stages.common import manifests
+from stages.common.batches import kept_batches, planned
+from stages.common.config import load
+from stages.common.errors import UserError, run_stage
+from stages.common.fingerprints import code
+from stages.common.registry import entry
+from stages.families import checkpoint_hash
+
+Row = dict[str, Any]
+BATCH = 10  # probes that are kept together
+BYTES = 8  # of a float64
+
+
+def shard_of(rows: Sequence[Row], text: str) -> list[Row]:
+    """Return every n-th row from the k-th on for a shard "k/n"; raises UserError on any other text."""
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise UserError(f"--shard {text}: give it as 0/2 and 1/2, the shard's number from 0 and how many there are")
+    return list(rows[int(number) :: int(count)])
+
+
+def blocks(rows: Sequence[Row], size: int, memory: int) -> list[Sequence[Row]]:
+    """Return the rows in blocks whose gradients of `size` float64 numbers fit into `memory` megabytes."""
+    return planned(rows, max(1, memory * 10**6 // (BYTES * size)))
+
+
+class Terms:
+    """Computes batches of terms. The gradients of the block of training rows that was used last are kept."""
+
+    def __init__(self, material: Any) -> None:
+        self.material = material
+        self.block: Sequence[Row] | None = None
+        self.vectors: Any = None
+
+    def descents(self, block: Sequence[Row]) -> Any:
+        """Return the descent directions of a block of rows, `[n, size]`."""
+        import torch
+
+        if self.block is not block:
+            self.block, self.vectors = block, None  # free the old ones first
+            size = self.material.parameters.size
+            self.vectors = torch.empty(len(block), size, dtype=torch.float64, device=self.material.model.device)
+            for place, row in enumerate(block):
+                self.vectors[place] = self.material.descent(row)
+        return self.vectors
+
+    def of_batch(self, batch: tuple[Sequence[Row], Sequence[Row]]) -> list[Row]:
+        """Return the rows of the terms manifest for a block of training rows and some probes."""
+        from stages.dynamics import gradients
+
+        block, probes = batch
+        found = []
+        for probe in probes:
+            by_subset = gradients.products(self.material.probe_gradients(probe), self.descents(block), self.material.parameters)
+            for subset, values in {"all": sum(by_subset.values()), **by_subset}.items():
+                for row, (g, u, j) in zip(block, values.T.tolist(), strict=True):
+                    found.append(
+                        {
+                            "candidate_id": probe["candidate_id"],
+                            "row_id": row.get("row_id", row.get("candidate_id")),
+                            "objective": row.get("objective", "kernel"),
+                            "subset": subset,
+                            "delta_g": g,
+                            "delta_u": u,
+                            "delta_j": j if self.material.judges else None,
+                        }
+                    )
+        return found
+
+
+def values(material: Any, probes: Sequence[Row]) -> Iterator[Row]:
+    """Yield the rows of the values manifest: what the model says of each probe before any step."""
+    import torch
+
+    with torch.no_grad():
+        for probe in probes:
+            found = material.likelihoods(probe)
+            yield {
+                "candidate_id": probe["candidate_id"],
+                "log_likelihood": float(found[0]),
+                "posterior": float(found[0] - found.logsumexp(0)),
+                "log_odds": float(material.log_odds(probe)) if material.judges else None,
+                "weights": found.softmax(0).tolist(),
+            }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--probes", type=Path, required=True, help="manifest of stages.dynamics.select")
+    parser.add_argument("--rows", type=Path, required=True, help="manifest of stages.dynamics.select")
+    parser.add_argument("--candidates", type=Path, nargs="+", required=True, help="candidate manifests of probes and rows")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="the model at which the terms are taken")
+    parser.add_argument("--shard", default="0/1", help="which of how many shards of the probes")
+    parser.add_argument("--out", type=Path, required=True, help="manifest of the terms")
+    parser.add_argument("--values", type=Path, required=True, help="manifest of the model's values before any step")
+    arguments = parser.parse_args()
+    config = load(arguments.config)
+    family = config.model.family
+    every = [row for row in manifests.read_rows(arguments.probes, "dynamics_probes") if row["alternatives"]]
+    rows = manifests.read_rows(arguments.rows, "dynamics_rows")
+    probes = shard_of(every, arguments.shard)
+    from stages.dynamics.material import open_material
+    from stages.dynamics.precision import double
+
+    material = open_material(config, arguments.checkpoint, every, rows, arguments.candidates)
+    weights = checkpoint_hash(family, arguments.checkpoint, "train")
+    facts = {"checkpoint": weights, "shard": arguments.shard, "likelihood": material.model.description.likelihood,
+             "trainable": config.train.trainable, "parameters": config.dynamics.parameters}  # fmt: skip
+    uses = [entry("FAMILIES", family)]
+    parents = [arguments.probes, arguments.rows, *arguments.candidates]
+    key = ("dynamics terms", code("stages.dynamics.terms", mentioned=uses), facts, config.score.model_dump(),
+           config.dynamics.memory, *map(manifests.content_hash, parents))  # fmt: skip
+    held = blocks([*rows, *every], material.parameters.size, config.dynamics.memory)
+    batches = [(block, part) for block in held for part in planned(probes, BATCH)]
+    print(f"{len(probes)} probes, {len(rows)} rows and {len(every)} kernel rows, {material.parameters.size:,} parameters: "
+          f"{len(held) * len(probes)} gradients of probes, {len(rows) + len(every)} of rows", flush=True)  # fmt: skip
+    terms = Terms(material)
+    with (
+        double(material.model.view.model),
+        kept_batches(
+            arguments.out,
+            key,
+            batches,
+            work=terms.of_batch,
+            finish=lambda found: pa.Table.from_pylist(found, schema=manifests.schema("dynamics_terms")),
+            label="terms",
+        ) as files,
+    ):
+        common: Any = {"stage": "stages.dynamics.terms", "settings": facts, "parents": parents, "uses": uses}
+        manifests.write(arguments.values, "dynamics_values", list(values(material, probes)), **common)
+        manifests.write(arguments.out, "dynamics_terms", (pq.read_table(file) for file in files), **common)
+
+
+if __name__ == "__main__":
+    run_stage(main)

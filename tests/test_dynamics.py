@@ -1,0 +1,256 @@
+"""Learning dynamics: terms against an explicit Jacobian and finite differences, and the commands on a small run."""
+
+import weakref
+
+import numpy as np
+import pandas
+import pytest
+import torch
+
+from stages.common import manifests
+from stages.common.config import Train
+from stages.common.settings import Score
+from stages.dynamics import gradients, likelihood
+from stages.dynamics.precision import double
+from stages.dynamics.select import similarity
+from stages.dynamics.terms import Terms, blocks
+from stages.families import describe
+from stages.families.base import Pictures
+from tests.helpers import TINY, done, process_of, wait_until, write_config
+
+PROMPTS = ["a red circle", "a blue circle", "two squares", "a red square above a blue cross"]
+CODES = 8
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A Janus of 3,400 trainable parameters that draws 16 tokens of 8 codes, in float64, with its parameters."""
+    from transformers import JanusForConditionalGeneration
+
+    from stages.families.janus.family import Janus
+    from stages.shapes.tiny_janus import make_config, make_processor
+
+    torch.manual_seed(0)
+    processor = make_processor()
+    config = make_config(processor, hidden=16, layers=2)
+    config.vq_config.num_embeddings = CODES
+    family = Janus(JanusForConditionalGeneration(config), processor)
+    view = family.training_view()
+    parameters = gradients.chosen_parameters(view.model, view.groups["llm"])
+    for tensor in parameters.tensors.values():  # far from the initial weights, where attention is uniform
+        tensor.data.mul_(3)
+    with double(view.model):
+        yield likelihood.Model(family, describe("janus"), view, Score(question="does this image show {prompt} ?")), parameters
+
+
+def picture(number: int) -> Pictures:
+    return Pictures(tokens=np.random.default_rng(number).integers(0, CODES, (1, 16)))
+
+
+def image(number: int) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+
+def log_p(model, prompt: str, number: int) -> torch.Tensor:
+    return likelihood.under_prompts(model, [prompt], picture(number), 0)[0]
+
+
+def jacobian(model, parameters, prompt: str, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the Jacobian of an image's logits `[m k, size]`, entry by entry, and the logit errors one-hot minus p `[m k]`."""
+    logits, targets = likelihood.image_logits(model, [prompt], picture(number))
+    rows = [gradients.gradient(logit, parameters, keep_graph=True) for logit in logits.flatten()]
+    errors = torch.nn.functional.one_hot(targets, CODES).double() - logits.softmax(-1)
+    return torch.stack(rows), errors.detach().flatten()
+
+
+@pytest.fixture(scope="module")
+def explicit(small):
+    """Jacobian and logit errors of probe 0 under every prompt, and of training image 1 under its own."""
+    probes = [jacobian(*small, prompt, 0) for prompt in PROMPTS]
+    return probes, jacobian(*small, "a red square", 1)
+
+
+def near(found, expected) -> bool:
+    found, expected = torch.as_tensor(found), torch.as_tensor(expected)
+    return bool((found - expected).abs().max() <= 1e-8 * max(1.0, float(expected.abs().max())))
+
+
+def test_the_kernel_is_that_of_the_explicit_jacobian(small, explicit):
+    model, parameters = small
+    (left, _), (right, _) = explicit[0][0], explicit[1]
+    vector = torch.randn(1, 16, CODES, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    of = [lambda: likelihood.image_logits(model, [PROMPTS[0]], picture(0))[0]]
+    of.append(lambda: likelihood.image_logits(model, ["a red square"], picture(1))[0])
+    found = gradients.kernel_times(model.view.model, parameters, of[0], of[1], vector)
+    assert near(found.flatten(), left @ (right.T @ vector.flatten()))
+
+
+def test_delta_g_is_the_papers_double_sum_over_tokens(small, explicit):
+    """dG = -eta sum_k sum_r (e - p)_k K_kr (p - e)_r, here for eta = 1 and the loss -log p; also layer by layer."""
+    model, parameters = small
+    (left, error), (right, training_error) = explicit[0][0], explicit[1]
+    kernel = left @ right.T
+    blocks = kernel.view(16, CODES, 16, CODES)
+    errors, training_errors = error.view(16, CODES), training_error.view(16, CODES)
+    paper = -sum(
+        errors[k] @ blocks[k, :, r] @ -training_errors[r] for k in range(16) for r in range(16)
+    )  # the paper's error of the training sample is p - e
+    probe = gradients.gradient(log_p(model, PROMPTS[0], 0), parameters)[None]
+    row = gradients.gradient(log_p(model, "a red square", 1), parameters)[None]
+    terms = gradients.products(probe, row, parameters)
+    assert list(terms) == ["layers.0", "layers.1", "norm"]
+    assert near(sum(terms.values())[0, 0], paper)
+    for name, part in parameters.subsets.items():
+        assert near(terms[name][0, 0], error @ left[:, part] @ right[:, part].T @ training_error)
+
+
+def test_delta_u_is_the_papers_sum_over_alternatives(small, explicit):
+    model, parameters = small
+    likelihoods = likelihood.under_prompts(model, PROMPTS, picture(0), 0)
+    weights = likelihoods.detach().softmax(0)
+    right, training_error = explicit[1]
+    terms = [error @ left @ right.T @ training_error for left, error in explicit[0]]
+    paper = sum(weights[i] * (terms[0] - terms[i]) for i in range(1, len(PROMPTS)))
+    probe = gradients.gradient(likelihood.posterior(likelihoods), parameters)
+    row = gradients.gradient(log_p(model, "a red square", 1), parameters)
+    assert near(probe @ row, paper)
+
+
+def shifted(model, parameters, function, direction, size: float) -> float:
+    gradients.move(parameters, size * direction)
+    value = float(function().detach())
+    gradients.move(parameters, -size * direction)
+    return value
+
+
+def losses(model):
+    """Return functions of the model that return a scalar with gradient, by name."""
+    seeds, settings = np.zeros(1, dtype=np.int64), Train(beta=0.3, nll_weight=0.5)
+    pair = (["a red circle"], picture(2), picture(3), seeds)
+    return {
+        "log-likelihood": lambda: log_p(model, PROMPTS[0], 0),
+        "posterior": lambda: likelihood.posterior(likelihood.under_prompts(model, PROMPTS, picture(0), 0)),
+        "log odds": lambda: likelihood.log_odds(model, "a red circle", image(0)),
+        "sft": lambda: likelihood.sft_losses(model, ["a red circle"], picture(2), seeds)[0],
+        "dpo": lambda: likelihood.dpo_losses(model, *pair, torch.zeros(1), settings)[0],
+    }
+
+
+@pytest.mark.parametrize("name", ["log-likelihood", "posterior", "log odds", "sft", "dpo"])
+def test_gradients_are_finite_differences(small, name):
+    model, parameters = small
+    function = losses(model)[name]
+    vector = gradients.gradient(function(), parameters)
+    direction = torch.randn(parameters.size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    step = 1e-5
+    difference = shifted(model, parameters, function, direction, step) - shifted(model, parameters, function, direction, -step)
+    assert float(vector @ direction) == pytest.approx(difference / (2 * step), rel=1e-6, abs=1e-6)
+    value, derivative = gradients.directional(model.view.model, parameters, function, direction)
+    assert float(derivative) == pytest.approx(float(vector @ direction), rel=1e-8)
+    assert float(value) == pytest.approx(float(function().detach()), rel=1e-12)
+
+
+# --- the commands ------------------------------------------------------------------------------------------------------
+
+DYNAMICS = {"images": 12, "probes": 5, "alternatives": 2, "rows": 6, "step_probes": 2, "logit_probes": 2, "logit_draws": 2}
+
+
+@pytest.fixture(scope="module")
+def chosen(small_inputs, tmp_path_factory):
+    """A folder with a configuration, verdicts, pairs of two arms, probes and rows, and the arguments that name them."""
+    folder = tmp_path_factory.mktemp("dynamics")
+    arms = {"sft": {"objective": "sft", "epochs": 1}, "dpo": {"objective": "dpo", "epochs": 1}}
+    config = write_config(folder, arms=arms, dynamics=DYNAMICS)
+    common = ("--config", config)
+    images = ("--candidates", small_inputs / "candidates.parquet")
+    prompts = ("--prompts", small_inputs / "prompts.parquet")
+    scores = ("--scores", small_inputs / "scores.parquet")
+    done("judge", *common, "--judge", "shapes", *prompts, *images, "--out", folder / "verdicts.parquet")
+    pairs = []
+    for arm in arms:
+        done("pairs", *common, "--arm", arm, *images, *scores, "--out", folder / f"{arm}.parquet",
+             "--discard", folder / "discard.parquet")  # fmt: skip
+        pairs += ["--pairs", arm, folder / f"{arm}.parquet"]
+    done("dynamics.select", *common, *prompts, *images, *scores, "--verdicts", folder / "verdicts.parquet",
+         "--training-prompts", small_inputs / "prompts.parquet", *pairs,
+         "--probes", folder / "probes.parquet", "--rows", folder / "rows.parquet")  # fmt: skip
+    return folder, (*common, "--probes", folder / "probes.parquet", "--rows", folder / "rows.parquet", *images)
+
+
+def test_probes_are_a_fair_sample_and_alternatives_resemble_their_prompts(chosen):
+    folder, _ = chosen
+    probes = manifests.read_rows(folder / "probes.parquet", "dynamics_probes")
+    assert len(probes) == DYNAMICS["images"]
+    assert len({row["category"] for row in probes[:6]}) == 6
+    assert len({row["prompt_id"] for row in probes}) == len(probes)
+    assert [len(row["alternatives"]) for row in probes] == [2] * 5 + [0] * 7
+    for row in probes[:5]:
+        others = {other["prompt"] for other in probes} - {row["prompt"], *row["alternatives"]}
+        least = min(similarity(row["prompt"], other) for other in row["alternatives"])
+        assert least >= max(similarity(row["prompt"], other) for other in others)
+    rows = manifests.read_rows(folder / "rows.parquet", "dynamics_rows")
+    assert {row["objective"] for row in rows} == {"sft", "dpo"}
+    assert all((row["rejected"] is None) == (row["objective"] == "sft") for row in rows)
+
+
+def terms_command(chosen, folder, shard="0/1"):
+    outputs = ("--out", folder / "terms.parquet", "--values", folder / "values.parquet")
+    return (*chosen[1], "--checkpoint", TINY, "--shard", shard, *outputs)
+
+
+def test_terms_of_shards_are_those_of_the_whole_and_a_killed_stage_continues(chosen, tmp_path):
+    first, second, whole, killed = (tmp_path / name for name in ("first", "second", "whole", "killed"))
+    done("dynamics.terms", *terms_command(chosen, whole))
+    done("dynamics.terms", *terms_command(chosen, first, "0/2"))
+    done("dynamics.terms", *terms_command(chosen, second, "1/2"))
+    tables = {folder: pandas.read_parquet(folder / "terms.parquet") for folder in (first, second, whole)}
+    order = ["candidate_id", "row_id", "objective", "subset"]
+    together = pandas.concat([tables[first], tables[second]]).sort_values(order, ignore_index=True)
+    pandas.testing.assert_frame_equal(together, tables[whole].sort_values(order, ignore_index=True), rtol=1e-9)
+    sums = tables[whole].groupby(["candidate_id", "row_id", "objective", tables[whole].subset == "all"])[["delta_g", "delta_u"]]
+    found = sums.sum().unstack()
+    for name in ("delta_g", "delta_u"):
+        assert np.allclose(found[name][True], found[name][False])
+    kernel = tables[whole][(tables[whole].objective == "kernel") & (tables[whole].subset == "all")]
+    square = kernel.pivot(index="candidate_id", columns="row_id", values="delta_g")
+    assert np.allclose(square, square.loc[square.columns].T.loc[square.index, square.columns])
+    assert np.linalg.eigvalsh(square.loc[square.columns].to_numpy()).min() > 0
+
+    process = process_of("stages.dynamics.terms", *terms_command(chosen, killed), out=tmp_path / "out", errors=tmp_path / "err")
+    assert wait_until(lambda: bool(list(killed.glob(".terms.parquet.*.partial/*.parquet"))), process)
+    process.kill()
+    process.join()
+    done("dynamics.terms", *terms_command(chosen, killed))
+    for name in ("terms.parquet", "values.parquet"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_memory_does_not_grow_with_the_number_of_probes(small):
+    """At any time there are the gradients of one probe and of one block of rows."""
+    model, parameters = small
+    alive: list = []
+
+    class Counted:
+        def __init__(self):
+            self.model, self.parameters, self.judges = model, parameters, True
+
+        def probe_gradients(self, probe):
+            assert sum(reference() is not None for reference in alive) == 0
+            found = torch.zeros(3, parameters.size, dtype=torch.float64)
+            alive.append(weakref.ref(found))
+            return found
+
+        def descent(self, row):
+            return torch.zeros(parameters.size, dtype=torch.float64)
+
+    rows = [{"row_id": str(number), "objective": "sft"} for number in range(40)]
+    held = blocks(rows, parameters.size, memory=1)
+    assert [len(block) for block in held[:-1]] == [10**6 // (8 * parameters.size)] * (len(held) - 1)
+    terms, probes = Terms(Counted()), [{"candidate_id": str(number)} for number in range(50)]
+    sizes = set()
+    for block in held:
+        found = terms.of_batch((block, probes))
+        assert len(found) == len(block) * len(probes) * 4
+        sizes.add(terms.vectors.nbytes)
+    assert max(sizes) <= 10**6
+    assert len(alive) == len(held) * len(probes)
