@@ -73,6 +73,7 @@ def test_status_knows_every_job_of_a_finished_run(run):
         "training.parquet",
         "training.png",
         "judge_report.png",
+        "small/pages",
     )  # further outputs of the same jobs
     assert all(file.endswith(others) for file in outputs - known)
     table = stage("tools.status", folder / "results/small").stdout

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import time
+import zipfile
 from base64 import urlsafe_b64decode as b64decode
 from pathlib import Path
 
@@ -87,6 +88,22 @@ def test_the_report_carries_table_and_sheet(run, tmp_path):
     assert "summary.csv" in page
     assert "contact_sheet.png" in page
     assert "judge_report.png" in page
+    assert "results/small/report.html" in page
+    completed(folder, "--report", tmp_path / "report.zip", source=source)
+    with zipfile.ZipFile(tmp_path / "report.zip") as file:
+        names = {name.split("/", 3)[-1] for name in file.namelist()}
+    assert {"gallery.html", "review.html", "assets/gallery.js", "gallery/train/index.js", "review/sample.js"} <= names
+
+
+def test_a_run_ends_with_its_pages(run):
+    _, folder, _ = run
+    results = folder / "results/small"
+    report = (results / "report.html").read_text()
+    assert "do not exist yet" not in report
+    for part in ("Generation, overall", "by subtask", "The model&#39;s own judge", "What was selected", "Time and memory"):
+        assert part in report, part
+    assert "do not exist yet" not in (results / "pages/index.html").read_text()
+    assert len(list(results.glob("pages/gallery/train/*/*.js"))) == 18
 
 
 # A job of every stage: its rule, the message with which Snakemake starts it, and the seconds within which it is killed. These
@@ -105,6 +122,7 @@ KILLS = [
     ("evaluate", "Evaluation", 0.3),
     ("summary", "Summary", 0.3),
     ("judge_report", "Judge report", 0.3),
+    ("pages", "Pages", 0.3),
 ]
 
 

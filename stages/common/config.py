@@ -25,7 +25,7 @@ from stages.understanding.base import UnderstandingSettings
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
 ARM = r"^[A-Za-z0-9][A-Za-z0-9.-]*$"  # the name of an arm or a baseline
-FOLDERS = ("prompts", "logs", "benchmarks", "tables", "dynamics")  # of a run, beside those of its checkpoints
+FOLDERS = ("prompts", "logs", "benchmarks", "tables", "dynamics", "pages")  # of a run, beside those of its checkpoints
 if TYPE_CHECKING:
     from stages.judges.base import JudgeSettings as Judging
     from stages.suites.base import PromptSource as Prompts

@@ -20,7 +20,6 @@ from stages.pages import plots
 from stages.pages.render import package_version, page
 from stages.pages.run import BASE, Run, read_columns
 from stages.tools import arms
-from stages.tools.status import report as status_report
 
 Row = dict[str, Any]
 METRICS = {"gen": "Gen.", "und_paper": "Und.", "non": "Non."}
@@ -318,7 +317,6 @@ def page_of(run: Run, alone: bool) -> str:
         seed=config.seed,
         model=f"{config.model.family}, {config.model.checkpoint}",
         missing=missing,
-        state=status_report(run.folder.resolve()) if missing else "",
         tables=tables(run, rows),
         plots=drawings,
         curves=curves,

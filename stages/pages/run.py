@@ -22,6 +22,7 @@ from stages.common.config import Config, load
 from stages.common.errors import UserError
 from stages.tools import arms
 from stages.tools.interrupted import read_jobs
+from stages.tools.status import last_line
 
 Row = dict[str, Any]
 TRAIN, REPLAY, BASE = "train", "replay", "base"
@@ -84,10 +85,14 @@ class Run:
         return [*(judge for judge in known if judge in found), *sorted(found - set(known))]
 
     def missing(self) -> list[str]:
-        """Return the outputs of planned jobs that do not exist, as paths below the run's folder."""
-        outputs = [Path(*Path(job.out).parts[2:]) for job in read_jobs(self.folder)]  # without results/<run>
-        mine = ("report.html", "pages")  # being written now
-        return [str(path) for path in outputs if str(path) not in mine and not (self.folder / path).exists()]
+        """Return the outputs of planned jobs that do not exist, below the run's folder, with the last line of a job's log."""
+        found = []
+        for job in read_jobs(self.folder):
+            out, log = (Path(*Path(path).parts[2:]) for path in (job.out, job.log))  # without results/<run>
+            if str(out) not in ("report.html", "pages") and not (self.folder / out).exists():  # these are being written now
+                ended = self.folder / log
+                found.append(f"{out}: {last_line(ended)}" if ended.is_file() else str(out))
+        return found
 
 
 def open_run(folder: Path) -> Run:

@@ -2,12 +2,12 @@
 
     python -m stages.tools.agreement anna.csv ben.csv --run results/tiny-janus --set validation --out people.csv
 
-The files are those that the review page saves: CSV or Parquet with the columns that the judge of kind `table` reads. Each two of
-them are compared, and what most people say is compared with the model's own verdict and with every external judge of --run. For
-both, it prints on how many images both say yes or no, on what share of these they agree, and Cohen's kappa: the agreement beyond
-that of two judges who say yes as often as these do, but independently. It is 1 if they always agree and 0 if they agree no more
-than by chance. For more than two people there is also Fleiss' kappa, over the images that all of them have judged. Intervals are
-95 %, resampled by image.
+The files are those that the review page saves: CSV or Parquet with the columns that the judge of kind `table` reads. Each two
+are compared, and what most people say is compared with the model's own verdict and with every external judge of --run. For each
+comparison, it prints on how many images both say yes or no, on what share of these they agree, and Cohen's kappa: the agreement
+beyond that of two judges who say yes as often as these do, but independently. It is 1 if they always agree and 0 if they agree
+no more than by chance. For more than two people there is also Fleiss' kappa, over the images that all of them have judged.
+Intervals are 95 %, resampled by image.
 
 --out gets what most people say, and no verdict where as many say yes as no: one file for `judges: {people: {kind: table, files:
 [people.csv]}}`, which refuses two verdicts on an image.

@@ -186,7 +186,7 @@ rule pages:
     params:
         code=code("stages.browse", mentioned=[]),
         templates=template_files(),
-        run=RUN,
+        run=lambda wildcards, output: Path(output.report).parent,
     message:
         "Pages"
     shell:
