@@ -12,7 +12,6 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LAYER = re.compile(r"(?:.*\.)?(\w+\.\d+)\.")  # "layers.3" in "model.layers.3.mlp.up_proj.weight"
-Vectors = torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,16 @@ def subset_of(name: str) -> str:
     return layer.group(1) if layer else ".".join(name.split(".")[-2:-1]) or name
 
 
-def chosen_parameters(model: nn.Module, prefixes: tuple[str, ...], wanted: Sequence[str] = ()) -> Parameters:
-    """Return the parameters whose names have one of the prefixes, and let only those have gradients.
+def chosen_parameters(
+    model: nn.Module, prefixes: tuple[str, ...], wanted: Sequence[str] = (), containing: str = ""
+) -> Parameters:
+    """Return the parameters whose names have one of the prefixes and a part, and let only those have gradients.
 
     wanted: names of subsets, to take only these. Raises ValueError if nothing is left.
     """
     groups: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        taken = name.startswith(prefixes) and (not wanted or subset_of(name) in wanted)
+        taken = name.startswith(prefixes) and containing in name and (not wanted or subset_of(name) in wanted)
         parameter.requires_grad_(taken)
         if taken:
             groups.setdefault(subset_of(name), {})[name] = parameter
@@ -64,7 +65,7 @@ def gradient(value: torch.Tensor, parameters: Parameters, keep_graph: bool = Fal
     return torch.cat([part.reshape(-1) for part in parts])
 
 
-def products(left: Vectors, right: Vectors, parameters: Parameters) -> dict[str, torch.Tensor]:
+def products(left: torch.Tensor, right: torch.Tensor, parameters: Parameters) -> dict[str, torch.Tensor]:
     """Return the scalar products of vectors `[a, size]` and `[b, size]`, `[a, b]` for each subset of parameters."""
     return {name: left[:, part] @ right[:, part].T for name, part in parameters.subsets.items()}
 
@@ -80,6 +81,13 @@ def move(parameters: Parameters, vector: torch.Tensor) -> None:
     """Add a flat vector `[size]` to the parameters."""
     for name, piece in split(vector, parameters).items():
         parameters.tensors[name].add_(piece)
+
+
+@torch.no_grad()
+def place(parameters: Parameters, vector: torch.Tensor) -> None:
+    """Set the parameters to a flat vector `[size]`."""
+    for name, piece in split(vector, parameters).items():
+        parameters.tensors[name].copy_(piece)
 
 
 @torch.no_grad()

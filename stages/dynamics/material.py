@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from stages.common import manifests, shards
+from stages.common.batches import planned
 from stages.common.candidates import Candidates
 from stages.common.config import Config, Train
 from stages.common.errors import UserError
@@ -19,6 +20,7 @@ from stages.dynamics import gradients, likelihood
 from stages.dynamics.gradients import Parameters
 from stages.dynamics.likelihood import Model
 from stages.families import describe, open_family
+from stages.training.trainer import lora
 
 Row = dict[str, Any]
 
@@ -61,18 +63,42 @@ class Material:
     def log_odds(self, probe: Row) -> torch.Tensor:
         return likelihood.log_odds(self.model, probe["prompt"], self.image(probe["candidate_id"]))
 
-    def losses(self, rows: Sequence[Row], reference: torch.Tensor | None = None) -> torch.Tensor:
-        """Return what each training row's objective minimises, `[n]`; all rows have the same objective."""
+    def values(self, probe: Row) -> torch.Tensor:
+        """Return log-likelihood, log posterior and log odds of a probe, `[3]`; the last is 0 without a judge."""
+        found = self.likelihoods(probe)
+        odds = self.log_odds(probe) if self.judges else torch.zeros_like(found[0])
+        return torch.stack([found[0], likelihood.posterior(found), odds])
+
+    def plain_likelihoods(self, probes: Sequence[Row]) -> torch.Tensor:
+        """Return log p(image | prompt) of several probes, `[n]`."""
+        seeds = np.array([probe["seed"] for probe in probes], dtype=np.int64)
+        pictures = self.candidates.pictures([probe["candidate_id"] for probe in probes])
+        return likelihood.log_likelihoods(self.model, [probe["prompt"] for probe in probes], pictures, seeds)
+
+    def mean_gradient(self, rows: Sequence[Row], size: int) -> torch.Tensor:
+        """Return the gradient of the mean loss of a batch, `[size]`, computed from `size` rows at a time."""
+        total = torch.zeros(self.parameters.size, dtype=next(iter(self.parameters.tensors.values())).dtype)
+        total = total.to(self.model.device)
+        for part in planned(rows, size):
+            total += self.gradient(lambda part=part: self.losses(part).sum()) / len(rows)
+        return total
+
+    def losses(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Return what each training row's objective minimises, `[n]`; all rows have the same objective.
+
+        For DPO, a row may bring `reference`, the log-likelihood of its chosen minus that of its rejected image under the
+        reference model; rows without it are compared with the model itself.
+        """
         prompts, seeds = [row["prompt"] for row in rows], np.array([row["seed"] for row in rows], dtype=np.int64)
         chosen = self.candidates.pictures([row["chosen"] for row in rows])
         if not rows[0]["rejected"]:
             return likelihood.sft_losses(self.model, prompts, chosen, seeds)
         rejected = self.candidates.pictures([row["rejected"] for row in rows])
-        settings = self.train_settings(rows[0]["arm"])
+        settings = self.config.arm_train(rows[0]["arm"])
+        known = [row["reference"] for row in rows if row.get("reference") is not None]
+        kind = next(iter(self.parameters.tensors.values())).dtype
+        reference = torch.tensor(known, device=self.model.device, dtype=kind) if known else None
         return likelihood.dpo_losses(self.model, prompts, chosen, rejected, seeds, reference, settings)
-
-    def train_settings(self, arm: str) -> Train:
-        return self.config.arm_train(arm)
 
     @cached_property
     def judges(self) -> bool:
@@ -101,11 +127,18 @@ class Material:
 
 
 def open_material(
-    config: Config, checkpoint: Path, probes: Sequence[Row], rows: Sequence[Row], candidates: Sequence[Path]
+    config: Config,
+    checkpoint: Path,
+    probes: Sequence[Row],
+    rows: Sequence[Row],
+    candidates: Sequence[Path],
+    train: Train | None = None,
 ) -> Material:
-    """Load the model, with gradients for what is trained by default, and look up all pictures.
+    """Load the model, with gradients for what is trained, and look up all pictures.
 
-    Raises UserError on a family that is not trained and on subsets of parameters that the model does not have.
+    What is trained is said by the section train and dynamics.parameters, or by `train`, an arm's settings. With train.lora_rank
+    it is the adapters, which begin with the seed of the run. Raises UserError on a family that is not trained and on subsets of
+    parameters that the model does not have.
     """
     name = config.model.family
     description = describe(name)
@@ -113,14 +146,21 @@ def open_material(
         raise UserError(f"model.family {name}: it is not trained, so there are no learning dynamics; choose another family")
     family = open_family(config.model, checkpoint, "train")
     view = family.training_view()
+    settings, subsets = train or config.train, [] if train else config.dynamics.parameters
+    prefixes, part = tuple(prefix for group in settings.trainable.split("+") for prefix in view.groups[group]), ""
+    if settings.lora_rank:
+        from peft import get_peft_model
+
+        torch.manual_seed(config.seed)
+        adapted: Any = get_peft_model(view.model, lora(view.model, prefixes, settings))  # type: ignore[arg-type]
+        view, prefixes, part = replace(view, model=adapted), ("",), "lora_"
     view.model.eval()
-    prefixes = tuple(prefix for group in config.train.trainable.split("+") for prefix in view.groups[group])
     try:
-        parameters = gradients.chosen_parameters(view.model, prefixes, config.dynamics.parameters)
+        parameters = gradients.chosen_parameters(view.model, prefixes, subsets, part)
     except ValueError:
-        known = ", ".join(gradients.chosen_parameters(view.model, prefixes).subsets)
-        wanted = ", ".join(config.dynamics.parameters)
-        raise UserError(f"dynamics.parameters: the model has no subset {wanted}; it has {known}") from None
+        known = ", ".join(gradients.chosen_parameters(view.model, prefixes, (), part).subsets)
+        missing = ", ".join(subsets)
+        raise UserError(f"dynamics.parameters: the model has no subset {missing}; it has {known}") from None
     wanted = {row["candidate_id"] for row in probes} | {
         row[side] for row in rows for side in ("chosen", "rejected") if row[side]
     }

@@ -23,22 +23,18 @@ from stages.common import manifests
 from stages.common.config import load
 from stages.common.errors import UserError, run_stage
 from stages.common.seeds import draw_seed, hash_seed
+from stages.dynamics.items import similarity
 
 Row = dict[str, Any]
 
 
 def evenly(groups: Iterable[Sequence[Row]], count: int) -> list[Row]:
     """Return `count` rows, or all there are: the first of every group, then the second of every group, and so on."""
-    waiting, found = [list(group) for group in groups], []
+    waiting = [list(group) for group in groups]
+    found: list[Row] = []
     while len(found) < count and any(waiting):
         found += [group.pop(0) for group in waiting if group]
     return found[:count]
-
-
-def similarity(first: str, second: str) -> float:
-    """Return the share of words that two prompts have in common, of all their words (Jaccard)."""
-    one, two = set(first.lower().split()), set(second.lower().split())
-    return len(one & two) / max(1, len(one | two))
 
 
 def alternatives(prompt: str, others: Sequence[str], count: int, seed: int) -> list[str]:

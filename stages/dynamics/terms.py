@@ -25,22 +25,15 @@ import pyarrow.parquet as pq
 from stages.common import manifests
 from stages.common.batches import kept_batches, planned
 from stages.common.config import load
-from stages.common.errors import UserError, run_stage
+from stages.common.errors import run_stage
 from stages.common.fingerprints import code
 from stages.common.registry import entry
+from stages.dynamics.items import shard_of
 from stages.families import checkpoint_hash
 
 Row = dict[str, Any]
 BATCH = 10  # probes that are kept together
 BYTES = 8  # of a float64
-
-
-def shard_of(rows: Sequence[Row], text: str) -> list[Row]:
-    """Return every n-th row from the k-th on for a shard "k/n"; raises UserError on any other text."""
-    number, _, count = text.partition("/")
-    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
-        raise UserError(f"--shard {text}: give it as 0/2 and 1/2, the shard's number from 0 and how many there are")
-    return list(rows[int(number) :: int(count)])
 
 
 def blocks(rows: Sequence[Row], size: int, memory: int) -> list[Sequence[Row]]:
@@ -98,13 +91,13 @@ def values(material: Any, probes: Sequence[Row]) -> Iterator[Row]:
 
     with torch.no_grad():
         for probe in probes:
-            found = material.likelihoods(probe)
+            log_likelihood, posterior, odds = material.values(probe).tolist()
             yield {
                 "candidate_id": probe["candidate_id"],
-                "log_likelihood": float(found[0]),
-                "posterior": float(found[0] - found.logsumexp(0)),
-                "log_odds": float(material.log_odds(probe)) if material.judges else None,
-                "weights": found.softmax(0).tolist(),
+                "log_likelihood": log_likelihood,
+                "posterior": posterior,
+                "log_odds": odds if material.judges else None,
+                "weights": material.likelihoods(probe).softmax(0).tolist(),
             }
 
 

@@ -46,13 +46,30 @@ def dynamics_settings(stage, without=("shards", "memory")):
     return read_by(stage, settings.dynamics, without=without)
 
 
+def followed_arms():
+    """Return the examined arms whose training can be followed: those without replay that train plainly."""
+    arms = [arm for arm in examined_arms() if not settings.arms[arm].replay_epochs]
+    plain = ("lora_rank", "judge_anchor_weight", "prompt_dropout")
+    return [arm for arm in arms if not any(getattr(settings.arm_train(arm), key) for key in plain)]
+
+
+def term_nodes():
+    """Return the checkpoints at which terms are taken: the base model and those that replay."""
+    return list(dict.fromkeys(["base", *(REPLAYS[name].draws for name in examined_replays())]))
+
+
 def dynamics_minutes(work):
-    """Return a time limit: a gradient of one image takes about what three judgements take, and each piece of work so many."""
+    """Return a time limit. A derivative along a direction takes about as long as a gradient, and both three judgements."""
     chosen = settings.dynamics
-    probes = {
-        "terms": chosen.probes * (3 + chosen.alternatives) / len(PIECES) + chosen.rows,
+    each = chosen.alternatives + 4  # of a probe with all that is asked about it
+    images = {
+        "terms": chosen.probes * each / len(PIECES) + chosen.rows,
+        "steps": 8 * len(chosen.step_sizes) * chosen.step_probes * each,
+        "follow": 100 * chosen.segments * (chosen.images + chosen.probes * each),
+        "embed": prompt_count("train") * settings.generate.candidates / len(PIECES),
+        "sketch": (chosen.probes + 2 * chosen.rows) / len(PIECES),
     }[work]
-    return lambda wildcards, attempt: attempt * int(30 + 3 * cost.SECONDS["train"] * GIGABYTES * probes / 60)
+    return lambda wildcards, attempt: attempt * int(30 + 3 * cost.SECONDS["judge"] * GIGABYTES * images / 60)
 
 
 if PROBED:
@@ -139,3 +156,280 @@ if PROBED:
             " --out {output.terms:q}"
             " --values {output.values:q}"
             " 2>&1 | logged {log:q}"
+
+    rule dynamics_steps:
+        input:
+            probes=f"{DYNAMICS}/probes.parquet",
+            rows=f"{DYNAMICS}/rows.parquet",
+            candidates=examined_candidates(),
+            checkpoint=checkpoint_files("base", "train"),
+        output:
+            f"{DYNAMICS}/steps.parquet",
+        log:
+            f"{RUN}/logs/dynamics/steps.log",
+        benchmark:
+            f"{RUN}/benchmarks/dynamics/steps.jsonl"
+        conda:
+            "../../envs/models.yaml"
+        threads: 1
+        resources:
+            gpu=min(GPUS, 1),
+            mem_mb=megabytes(10),
+            runtime=dynamics_minutes("steps"),
+        params:
+            code=code("stages.dynamics.steps", mentioned=USES),
+            config=CONFIG,
+            checkpoint=checkpoint_folder("base"),
+            settings=dynamics_settings("stages.dynamics.steps"),
+            train=[training_settings(arm) for arm in examined_arms()],
+            score=read_by("stages.dynamics.steps", settings.score, without=["batch_size"]),
+            model=MODEL,
+        message:
+            "Dynamics: predicted and measured steps"
+        shell:
+            "python -m stages.dynamics.steps"
+            " --config {params.config:q}"
+            " --probes {input.probes:q}"
+            " --rows {input.rows:q}"
+            " --candidates {input.candidates:q}"
+            " --checkpoint {params.checkpoint:q}"
+            " --out {output:q}"
+            " 2>&1 | logged {log:q}"
+
+    rule dynamics_follow:
+        input:
+            probes=f"{DYNAMICS}/probes.parquet",
+            prompts=f"{RUN}/prompts/train.parquet",
+            schedule=f"{RUN}/{{arm}}/schedule.parquet",
+            candidates=[*shard_files("base", "candidates", PROBED), *shard_files("base", "candidates", "train")],
+            checkpoint=checkpoint_files("base", "train"),
+            trained=lambda wildcards: checkpoint_files(wildcards.arm, "train"),
+        output:
+            f"{DYNAMICS}/path/{{arm}}.parquet",
+        log:
+            f"{RUN}/logs/dynamics/follow.{{arm}}.log",
+        benchmark:
+            f"{RUN}/benchmarks/dynamics/follow.{{arm}}.jsonl"
+        wildcard_constraints:
+            arm=pattern(followed_arms()),
+        conda:
+            "../../envs/models.yaml"
+        threads: 1
+        resources:
+            gpu=min(GPUS, 1),
+            mem_mb=megabytes(12),
+            runtime=dynamics_minutes("follow"),
+        params:
+            code=code("stages.dynamics.follow", mentioned=USES),
+            config=CONFIG,
+            checkpoint=checkpoint_folder("base"),
+            trained=lambda wildcards: checkpoint_folder(wildcards.arm),
+            segments=settings.dynamics.segments,
+            train=lambda wildcards: training_settings(wildcards.arm),
+            score=read_by("stages.dynamics.follow", settings.score, without=["batch_size"]),
+            model=MODEL,
+        message:
+            "Dynamics: following the training of {wildcards.arm}"
+        shell:
+            "python -m stages.dynamics.follow"
+            " --config {params.config:q}"
+            " --arm {wildcards.arm}"
+            " --probes {input.probes:q}"
+            " --prompts {input.prompts:q}"
+            " --schedule {input.schedule:q}"
+            " --candidates {input.candidates:q}"
+            " --checkpoint {params.checkpoint:q}"
+            " --trained {params.trained:q}"
+            " --out {output:q}"
+            " 2>&1 | logged {log:q}"
+
+    rule dynamics_logits:
+        input:
+            probes=f"{DYNAMICS}/probes.parquet",
+            candidates=shard_files("base", "candidates", PROBED),
+            checkpoint=checkpoint_files("base", "train"),
+        output:
+            f"{DYNAMICS}/logits.parquet",
+        log:
+            f"{RUN}/logs/dynamics/logits.log",
+        conda:
+            "../../envs/models.yaml"
+        threads: 1
+        resources:
+            gpu=min(GPUS, 1),
+            mem_mb=megabytes(8 + 2 * settings.dynamics.logit_probes),
+            runtime=dynamics_minutes("terms"),
+        params:
+            code=code("stages.dynamics.logits", mentioned=USES),
+            config=CONFIG,
+            checkpoint=checkpoint_folder("base"),
+            settings=dynamics_settings("stages.dynamics.logits"),
+            seed=settings.seed,
+            model=MODEL,
+        message:
+            "Dynamics: the kernel between logits"
+        shell:
+            "python -m stages.dynamics.logits"
+            " --config {params.config:q}"
+            " --probes {input.probes:q}"
+            " --candidates {input.candidates:q}"
+            " --checkpoint {params.checkpoint:q}"
+            " --out {output:q}"
+            " 2>&1 | logged {log:q}"
+
+    rule dynamics_embed:
+        input:
+            prompts=[f"{RUN}/prompts/train.parquet", f"{RUN}/prompts/{PROBED}.parquet"],
+            candidates=examined_candidates(),
+            pairs=examined_pairs()[1],
+            checkpoint=checkpoint_files("base", "train"),
+        output:
+            f"{DYNAMICS}/embeddings/{{shard}}.parquet",
+        log:
+            f"{RUN}/logs/dynamics/embed.{{shard}}.log",
+        conda:
+            "../../envs/models.yaml"
+        threads: 1
+        resources:
+            gpu=min(GPUS, 1),
+            mem_mb=megabytes(2),
+            runtime=dynamics_minutes("embed"),
+        params:
+            code=code("stages.dynamics.embed", mentioned=USES),
+            config=CONFIG,
+            checkpoint=checkpoint_folder("base"),
+            shard=lambda wildcards: f"{int(wildcards.shard)}/{len(PIECES)}",
+            clip=settings.dynamics.clip,
+            model=MODEL,
+        message:
+            "Dynamics: embeddings, shard {wildcards.shard}"
+        shell:
+            "python -m stages.dynamics.embed"
+            " --config {params.config:q}"
+            " --prompts {input.prompts:q}"
+            " --candidates {input.candidates:q}"
+            " --pairs {input.pairs:q}"
+            " --checkpoint {params.checkpoint:q}"
+            " --shard {params.shard}"
+            " --out {output:q}"
+            " 2>&1 | logged {log:q}"
+
+    rule dynamics_sketch:
+        input:
+            probes=f"{DYNAMICS}/probes.parquet",
+            rows=f"{DYNAMICS}/rows.parquet",
+            candidates=examined_candidates(),
+            checkpoint=checkpoint_files("base", "train"),
+        output:
+            f"{DYNAMICS}/sketches/{{shard}}.parquet",
+        log:
+            f"{RUN}/logs/dynamics/sketch.{{shard}}.log",
+        benchmark:
+            f"{RUN}/benchmarks/dynamics/sketch.{{shard}}.jsonl"
+        conda:
+            "../../envs/models.yaml"
+        threads: 1
+        resources:
+            gpu=min(GPUS, 1),
+            mem_mb=megabytes(10),
+            runtime=dynamics_minutes("sketch"),
+        params:
+            code=code("stages.dynamics.sketch", mentioned=USES),
+            config=CONFIG,
+            checkpoint=checkpoint_folder("base"),
+            shard=lambda wildcards: f"{int(wildcards.shard)}/{len(PIECES)}",
+            settings=dynamics_settings("stages.dynamics.sketch"),
+            train=read_by("stages.dynamics.sketch", settings.train, without=WITHOUT_OUTCOME),
+            model=MODEL,
+        message:
+            "Dynamics: compressed gradients, shard {wildcards.shard}"
+        shell:
+            "python -m stages.dynamics.sketch"
+            " --config {params.config:q}"
+            " --probes {input.probes:q}"
+            " --rows {input.rows:q}"
+            " --candidates {input.candidates:q}"
+            " --checkpoint {params.checkpoint:q}"
+            " --shard {params.shard}"
+            " --out {output:q}"
+            " 2>&1 | logged {log:q}"
+
+    rule dynamics_claims:
+        input:
+            chosen=[f"{DYNAMICS}/probes.parquet", f"{DYNAMICS}/rows.parquet"],
+            terms=expand(
+                f"{DYNAMICS}/{{node}}/{{kind}}/{{shard}}.parquet", node=term_nodes(), kind=["terms", "values"], shard=PIECES
+            ),
+            paths=expand(f"{DYNAMICS}/path/{{arm}}.parquet", arm=followed_arms()),
+            other=[f"{DYNAMICS}/steps.parquet", f"{DYNAMICS}/logits.parquet"],
+            proxies=expand(f"{DYNAMICS}/{{kind}}/{{shard}}.parquet", kind=["embeddings", "sketches"], shard=PIECES),
+            scores=shard_files("base", "scores", PROBED),
+            scores_of_base=[path for arm in examined_arms() for path in shard_files(arm, "scores-of-base", PROBED)],
+            verdicts=shard_files("base", f"verdicts/{PROBE_JUDGE}", PROBED) if PROBE_JUDGE else [],
+            pairs=[f"{selection_folder(arm)}/pairs.parquet" for arm in examined_arms()],
+            metrics=[f"{RUN}/{node}/metrics/{PROBED}.parquet" for node in ["base", *examined_arms()]],
+        output:
+            f"{DYNAMICS}/claims.parquet",
+        log:
+            f"{RUN}/logs/dynamics/claims.log",
+        conda:
+            "../../envs/light.yaml"
+        resources:
+            mem_mb=4000,
+        params:
+            code=code("stages.dynamics.claims"),
+            config=CONFIG,
+            folder=DYNAMICS,
+            seed=settings.seed,
+            of_base=lambda wildcards: [
+                f"--scores-of-base {arm} {' '.join(shard_files(arm, 'scores-of-base', PROBED))}" for arm in examined_arms()
+            ],
+            pairs=lambda wildcards: [f"--pairs {arm} {selection_folder(arm)}/pairs.parquet" for arm in examined_arms()],
+        message:
+            "Dynamics: claims"
+        shell:
+            "python -m stages.dynamics.claims"
+            " --config {params.config:q}"
+            " --dynamics {params.folder:q}"
+            " --scores {input.scores:q}"
+            " {params.of_base}"
+            " {params.pairs}"
+            " --verdicts {input.verdicts:q}"
+            " --metrics {input.metrics:q}"
+            " --out {output:q}"
+            " 2>&1 | logged {log:q}"
+
+    rule dynamics_page:
+        input:
+            claims=f"{DYNAMICS}/claims.parquet",
+        output:
+            page=f"{DYNAMICS}/page.md",
+            pictures=expand(f"{DYNAMICS}/page-{{name}}.png", name=["steps", "path", "terms"]),
+        log:
+            f"{RUN}/logs/dynamics/page.log",
+        conda:
+            "../../envs/light.yaml"
+        resources:
+            mem_mb=4000,
+        params:
+            code=code("stages.dynamics.page"),
+            folder=DYNAMICS,
+        message:
+            "Dynamics: page and pictures"
+        shell:
+            "rm -f {output.page:q}; python -m stages.dynamics.page"
+            " --dynamics {params.folder:q}"
+            " --out {output.page:q}"
+            " 2>&1 | logged {log:q}"
+
+    rule dynamics:
+        """Everything about learning dynamics, exact terms and proxies."""
+        input:
+            f"{DYNAMICS}/page.md",
+        localrule: True
+
+    rule dynamics_proxies:
+        """What is affordable with a model of any size: similarities and compressed gradients."""
+        input:
+            expand(f"{DYNAMICS}/{{kind}}/{{shard}}.parquet", kind=["embeddings", "sketches"], shard=PIECES),
+        localrule: True
