@@ -1,5 +1,6 @@
 """The requirements on every model family in each of its roles. A new family adds a case here and must pass all tests."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from stages.common.settings import Model
 from stages.families import FAMILIES, checkpoint_hash, describe, open_family
 from stages.families.base import Drawn
 from tests.helpers import TINY, done, losses, outputs, refused, stage, trained, write_config
+from tests.tiny_show_o import write_tiny_show_o
 
 PROMPTS = ["a cross", "two red circles", "a striped red circle left of a green square", "a cross and a diamond"] * 2
 
@@ -22,18 +24,27 @@ PROMPTS = ["a cross", "two red circles", "a striped red circle left of a green s
 class Case:
     """A family under test.
 
-    checkpoint: where its weights are; the toy writes its own. neutral: a sampling setting at which guidance changes nothing.
-    changes: settings that make training and selection do something in a few steps.
+    checkpoint: where its weights are, or a function that writes random ones to a folder and returns it. neutral: a sampling
+    setting at which guidance changes nothing. changes: settings that make training and selection do something in a few steps.
+    quick: sampling settings that save time.
     """
 
-    checkpoint: Path | None
+    checkpoint: Path | Callable[[Path], Path]
     neutral: dict = field(default_factory=dict)
     changes: dict = field(default_factory=dict)
+    quick: dict = field(default_factory=dict)
+
+
+def write_toy(folder: Path) -> Path:
+    from stages.families.toy.family import write_checkpoint
+
+    return write_checkpoint(folder)
 
 
 CASES = {
     "janus": Case(TINY, {"guidance_scale": 1.0}),
-    "toy": Case(None, {"guidance_scale": 1.0}, {"train": {"learning_rate": 1e-3}}),
+    "show_o": Case(write_tiny_show_o, {"guidance_scale": 0.0}, {"train": {"learning_rate": 1e-3}}, {"steps": 5}),
+    "toy": Case(write_toy, {"guidance_scale": 1.0}, {"train": {"learning_rate": 1e-3}}),
 }
 
 
@@ -48,11 +59,8 @@ def name(request) -> str:
 
 @pytest.fixture(scope="module")
 def checkpoint(name, tmp_path_factory) -> Path:
-    if CASES[name].checkpoint:
-        return CASES[name].checkpoint
-    from stages.families.toy.family import write_checkpoint
-
-    return write_checkpoint(tmp_path_factory.mktemp("toy") / "checkpoint")
+    place = CASES[name].checkpoint
+    return place if isinstance(place, Path) else place(tmp_path_factory.mktemp(name) / "checkpoint")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +71,7 @@ def family(name, checkpoint):
 
 @pytest.fixture(scope="module")
 def sampling(name):
-    return describe(name).sampling()
+    return describe(name).sampling(**CASES[name].quick)
 
 
 def seeds(count: int) -> np.ndarray:
@@ -133,10 +141,10 @@ def test_images_are_rgb_bytes(drawn):
 
 def test_guidance_changes_nothing_at_its_neutral_value(name, family):
     for key, value in CASES[name].neutral.items():
-        exactly, nearly = (describe(name).sampling(**{key: number}) for number in (value, value * (1 + 1e-9)))
+        exactly, nearly = (describe(name).sampling(**CASES[name].quick | {key: number}) for number in (value, value + 1e-9))
         first, second = (family.generate(PROMPTS, seeds(len(PROMPTS)), chosen) for chosen in (exactly, nearly))
         assert same(first, second)
-        strong = family.generate(PROMPTS, seeds(len(PROMPTS)), describe(name).sampling(**{key: value + 4}))
+        strong = family.generate(PROMPTS, seeds(len(PROMPTS)), describe(name).sampling(**CASES[name].quick | {key: value + 4}))
         assert not same(first, strong)
 
 
@@ -254,7 +262,9 @@ def small_config(folder: Path, name: str, checkpoint: Path, epochs: int = 2, **c
     # Half of the candidates are accepted and half rejected, regardless of what the randomly initialised judge says.
     settings = {"model": {"family": name, "checkpoint": str(checkpoint)}, "arms": arms}
     settings |= {"pairs": {"accept_threshold": 0.5, "reject_threshold": 0.5, "minimum_margin": 0.0}}
-    return with_sampling(write_config(folder, **settings, **(CASES[name].changes | changes)), CASES[name].neutral)
+    return with_sampling(
+        write_config(folder, **settings, **(CASES[name].changes | changes)), CASES[name].quick | CASES[name].neutral
+    )
 
 
 def with_sampling(config: Path, sampling: dict) -> Path:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 FAMILIES = {
     "janus": "stages.families.janus:JANUS",
+    "show_o": "stages.families.show_o:SHOW_O",
 }
 
 
