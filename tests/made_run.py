@@ -87,6 +87,17 @@ class Made:
             self.drawn.setdefault((model, images), []).extend(rows)
             self.scores |= {row["candidate_id"]: row for row in scores}
 
+    def look_again(self, model: str, images: str) -> None:
+        """Write a model's scores of the base model's images."""
+        for shard in range(self.count):
+            rows = []
+            for row in self.drawn["base", images]:
+                if row["shard"] == f"{shard:04d}.tar":
+                    p_yes = self.random.random()
+                    said = {"p_yes": p_yes, "p_neither": 0.0, "verdict": p_yes >= 0.5, "answer": None}
+                    rows.append(self.scores[row["candidate_id"]] | said | {"judge": model})
+            self.write(f"{model}/scores-of-base/{images}/{shard:04d}.parquet", "scores", rows)
+
     def judge(self, model: str, images: str, judge: str) -> None:
         """Write an external judge's verdicts, which agree with the model's own verdict on three images of four."""
         for shard in range(self.count):
@@ -154,4 +165,6 @@ def make_run(
         for model in ["base", *config.arms]:
             made.draw(model, name, tested, 2)
             made.judge(model, name, "shapes")
+            if model != "base":
+                made.look_again(model, name)
     return folder

@@ -62,6 +62,8 @@ def test_the_index_has_every_image_with_p_yes_and_verdicts(made):
     prompts = shown(made, "validation")
     scores = {model: table(made, model, "scores/validation/*.parquet").set_index("candidate_id") for model in index["groups"]}
     verdicts = {m: table(made, m, "verdicts/shapes/validation/*.parquet").set_index("candidate_id") for m in index["groups"]}
+    arms = [name for name in index["groups"] if name != "base"]
+    looked = {name: table(made, name, "scores-of-base/validation/*.parquet").set_index("candidate_id") for name in arms}
     seen = 0
     for prompt_id, category, bits, codes in index["prompts"]:
         prompt = prompts[prompt_id]
@@ -77,6 +79,8 @@ def test_the_index_has_every_image_with_p_yes_and_verdicts(made):
                 assert (image["p"], code[4]) == (own.p_yes, "y" if own.verdict else "n")
             assert code[5] == image["said"][0]["verdict"] == ("y" if external.verdict else "n")
             seen += 1
+            again = {other["model"]: other["p"] for other in image.get("others", [])}
+            assert again == ({name: looked[name].p_yes[image["id"]] for name in looked} if model == "base" else {})
     assert seen == sum(map(len, scores.values())) == 4 * 13 * 2
 
 

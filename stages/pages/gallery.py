@@ -158,7 +158,8 @@ def write_set(run: Run, name: str, out: Path, side: int) -> Row:
     """Write the index and the prompts of a set, and return what the page says about it."""
     prompts = read_columns([run.prompts(name)], "prompts", PROMPTS)
     groups, judges = run.groups(name), run.judges(name)
-    drawn = [ByPrompt(images(run, group, judges), prompts) for group in groups]
+    models = [run.second_opinions(group) for group in groups]
+    drawn = [ByPrompt(images(run, g, judges, more), prompts) for g, more in zip(groups, models, strict=True)]
     chosen = selections(run, prompts) if name == TRAIN else []
     categories: dict[str, int] = {}
     index, texts, count, lost = [], [], 0, 0
@@ -170,7 +171,7 @@ def write_set(run: Run, name: str, out: Path, side: int) -> Row:
         took, refused = marks(chosen, number)
         pictures = [p for place, g in enumerate(groups) for p in pictures_of(run, g, [row for at, row in rows if at == place])]
         lost += sum(picture is None for picture in pictures)
-        shown = [image(row, place, groups[place], judges, took, refused) for place, row in rows]
+        shown = [image(row, place, groups[place], judges, took, refused) | others(row, models[place]) for place, row in rows]
         facts = {"set": name, **prompt, "history": history, "images": shown, "thumbnails": thumbnails(pictures, side)}
         write_data(out / name / prompt["prompt_id"][:2] / f"{prompt['prompt_id']}.js", "selfgap.prompt", facts)
         category = categories.setdefault(prompt["category"], len(categories))
@@ -204,6 +205,16 @@ def image(
         "tar": f"{group.name}/candidates/{group.images}/{row['shard']}",
     }
     return {key: value for key, value in facts.items() if value not in (None, [])} | {"said": said(row, judges)}
+
+
+def others(row: Row, models: Sequence[str]) -> Row:
+    """Return what other models' own branches say about an image of base."""
+    found = []
+    for model in models:
+        p_yes, verdict = row[f"p_yes by {model}"], row[f"own by {model}"]
+        if p_yes is not None or verdict is not None:
+            found.append({"model": model, "verdict": SAID[verdict]} | ({} if p_yes is None else {"p": p_yes}))
+    return {"others": found} if found else {}
 
 
 def write(run: Run, out: Path, side: int) -> list[Row]:

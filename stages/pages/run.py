@@ -78,6 +78,12 @@ class Run:
         """Return the sets of prompts of which something has been drawn: the training prompts, then the benchmarks."""
         return [name for name in (TRAIN, *self.config.benchmarks) if self.prompts(name).exists() and self.groups(name)]
 
+    def second_opinions(self, group: Group) -> list[str]:
+        """Return the models that have judged a group's images: trained models judge those of base on benchmarks."""
+        if group != Group(BASE, BASE, group.images):
+            return []
+        return [model for model in self.models() if self.shards(Group(model, model, group.images), "scores-of-base")]
+
     def judges(self, name: str) -> list[str]:
         """Return the external judges that have judged images of a set, the benchmark's own judge first."""
         known = self.config.benchmark_judges(name) if name in self.config.benchmarks else []
@@ -128,10 +134,11 @@ def beside(left: pa.Table, right: pa.Table, names: Mapping[str, str]) -> pa.Tabl
     return left
 
 
-def images(run: Run, group: Group, judges: Sequence[str]) -> pa.Table:
+def images(run: Run, group: Group, judges: Sequence[str], models: Sequence[str] = ()) -> pa.Table:
     """Return a row for each image of a group.
 
-    Its columns are DRAWN, scored, p_yes and own, and for each judge `judged <judge>`, `verdict <judge>` and so on.
+    Its columns are DRAWN, scored, p_yes and own, and for each judge `judged <judge>`, `verdict <judge>` and so on. models: for
+    images of base, the models whose verdicts on them become the columns `p_yes by <model>` and `own by <model>`.
     """
     table = read_columns(run.shards(group, "candidates"), "candidates", DRAWN)
     scores = read_columns(run.shards(group, "scores"), "scores", ("candidate_id", *OWN))
@@ -143,6 +150,10 @@ def images(run: Run, group: Group, judges: Sequence[str]) -> pa.Table:
             f"judged {judge}", pc.is_in(table["candidate_id"], verdicts["candidate_id"].combine_chunks())
         )
         table = beside(table, verdicts, {name: f"{name} {judge}" for name in EXTERNAL})
+    for model in models:
+        of_base = run.shards(Group(model, model, group.images), "scores-of-base")
+        scores = read_columns(of_base, "scores", ("candidate_id", *OWN))
+        table = beside(table, scores, {name: f"{new} by {model}" for name, new in OWN.items()})
     return table.combine_chunks()
 
 

@@ -279,6 +279,9 @@ const selfgap = (() => {
       lines.push([entry.judge, more.join(", ")]);
       if (entry.answer) lines.push([`${entry.judge} says`, entry.answer]);
     }
+    for (const entry of image.others || []) {
+      lines.push([`${entry.model} about it`, WORDS[entry.verdict] + (entry.p === undefined ? "" : `, p(yes) ${entry.p.toFixed(4)}`)]);
+    }
     if (image.chosen) lines.push(["chosen by", image.chosen.join("; ")]);
     if (image.rejected) lines.push(["rejected by", image.rejected.join("; ")]);
     const name = image.tar.split("/").pop();
