@@ -12,13 +12,32 @@ results/<run>/<arm>/pairs.parquet, discard.parquet                   arms with e
 results/<run>/<node>/schedule.parquet, checkpoint/, training.parquet, replay/
 results/<run>/<node>-by-<who>/replay/                                the replay of a control, with its candidates and scores
 results/<run>/tables/                                                the result tables as CSV, Markdown and LaTeX
+results/<run>/<model>/config.yaml, candidates/, scores/, ...         a model that is only audited, laid out like a node
+results/<run>/audit/                                                 the audit of all these models
 """
 
 # Models
 
 
+def config_of(node):
+    """Return the configuration file with which a node draws and judges: the run's, or that of a model that is only audited."""
+    return f"{RUN}/{node}/config.yaml" if node in AUDITED else CONFIG
+
+
+def settings_of(node):
+    return AUDITED.get(node, settings)
+
+
+def uses_of(node):
+    """Return the registry entries that drawing and judging by a node use."""
+    return [entry("FAMILIES", settings_of(node).model.family)]
+
+
 def checkpoint_files(node, role):
     """Return the files that identify a node's model in a role: when one changes, it is another model."""
+    if node in AUDITED:
+        chosen = AUDITED[node].model
+        return [str(path) for path in describe(chosen.family).files(Path(chosen.checkpoint), role)]
     model = model_of(node, role)
     if model not in UNTRAINED:
         return [f"{RUN}/{model}/checkpoint/{FAMILY.trained_file}"]
@@ -26,6 +45,8 @@ def checkpoint_files(node, role):
 
 
 def checkpoint_folder(node, role="draw"):
+    if node in AUDITED:
+        return AUDITED[node].model.checkpoint
     model = model_of(node, role)
     return UNTRAINED.get(model) or f"{RUN}/{model}/checkpoint"
 
@@ -77,6 +98,11 @@ def images_per_prompt(wildcards):
     if wildcards.set == "replay":
         return settings.arms[REPLAYS[wildcards.node].node.arm].candidates or settings.generate.candidates
     return settings.generate.candidates
+
+
+def compared_with(node):
+    """Return the node with which the metrics compare a node: base, or for a model that is only audited itself."""
+    return node if node in AUDITED else "base"
 
 
 def shard_files(node, kind, images):
@@ -320,7 +346,12 @@ def reported_arguments(kind):
 
 
 def final_outputs():
-    """Return the final outputs of a run: tables and pictures or, without a benchmark, the arms' checkpoints."""
+    """Return the final outputs of a run: tables and pictures or, without a benchmark, the arms' checkpoints.
+
+    A configuration without arms only audits.
+    """
+    if not settings.arms:
+        return audit_files()
     if not BENCHMARKS:
         table = [f"{RUN}/summary.csv", *table_files()] if UNDERSTANDING else []
         return [path for arm in settings.arms for path in checkpoint_files(arm, "draw")] + table + waiting_pools()
