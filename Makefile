@@ -76,7 +76,7 @@ study: setup
 	for model in $(MODELS); do for seed in $(SEEDS); do \
 		begun=$$(date +%s); run=study-$$(echo $$model | tr / -)-$$seed; runs="$$runs results/$$run"; \
 		PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) --configfile config.yaml configs/study.yaml \
-			--config seed=$$((10 * place + seed)) run=$$run model="{checkpoint: $$model}" -- all audit || exit 1; \
+			--config seed=$$((10 * place + seed)) run=$$run model="{checkpoint: $$model}" -- all precision || exit 1; \
 		echo "$$run took $$((($$(date +%s) - begun) / 60)) minutes, and the study so far $$((($$(date +%s) - started) / 60))"; \
 	done; place=$$((place + 1)); done; \
 	$(BIN)/python -m stages.tools.study --runs $$runs --out docs/study.csv --by-run docs/study-runs.csv \

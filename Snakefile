@@ -22,13 +22,18 @@ include: "workflow/rules/session.smk"
 include: "workflow/rules/prompts.smk"
 include: "workflow/rules/candidates.smk"
 include: "workflow/rules/scores.smk"
-include: "workflow/rules/pairs.smk"
-include: "workflow/rules/controls.smk"
-include: "workflow/rules/training.smk"
-include: "workflow/rules/replay.smk"
 include: "workflow/rules/evaluation.smk"
-include: "workflow/rules/report.smk"
-include: "workflow/rules/dynamics.smk"
+include: "workflow/rules/audit.smk"
+
+
+if settings.arms:  # without arms, models are audited and nothing is trained
+
+    include: "workflow/rules/pairs.smk"
+    include: "workflow/rules/controls.smk"
+    include: "workflow/rules/training.smk"
+    include: "workflow/rules/replay.smk"
+    include: "workflow/rules/report.smk"
+    include: "workflow/rules/dynamics.smk"
 
 
 rule all:
@@ -39,6 +44,13 @@ rule all:
 
 
 rule audit:
+    """Audit models side by side before any training, and say whether to train: those of the section audit, or the base model."""
+    input:
+        audit_files() if BENCHMARKS else [],
+    localrule: True
+
+
+rule precision:
     """Collect the external judge's verdicts on the training images, which measure the selection's precision only."""
     input:
         [

@@ -11,8 +11,8 @@ from stages.common import manifests
 from stages.common.config import Train
 from stages.common.settings import Score
 from stages.dynamics import gradients, likelihood
-from stages.dynamics.precision import double
 from stages.dynamics.items import similarity
+from stages.dynamics.precision import double
 from stages.dynamics.terms import Terms, blocks
 from stages.families import describe
 from stages.families.base import Pictures

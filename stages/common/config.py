@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from stages.common.errors import UserError
 from stages.common.settings import Model, Positive, Score, Section, Share
-from stages.families import describe
+from stages.families import FAMILIES, describe
 from stages.judges import JUDGES, judge_kind
 from stages.judges.base import JudgeSettings
 from stages.suites import SUITES, open_suite
@@ -25,7 +25,7 @@ from stages.understanding.base import UnderstandingSettings
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
 ARM = r"^[A-Za-z0-9][A-Za-z0-9.-]*$"  # the name of an arm or a baseline
-FOLDERS = ("prompts", "logs", "benchmarks", "tables", "dynamics", "pages")  # of a run, beside those of its checkpoints
+FOLDERS = ("prompts", "logs", "benchmarks", "tables", "audit", "dynamics", "pages")  # of a run, beside those of its checkpoints
 if TYPE_CHECKING:
     from stages.judges.base import JudgeSettings as Judging
     from stages.suites.base import PromptSource as Prompts
@@ -344,6 +344,80 @@ class Dynamics(Section):
     )
 
 
+class AuditedModel(Section):
+    """A model that is audited: its checkpoint, and how it draws and is asked."""
+
+    family: str = Field(
+        default="janus", description="The model's family, as in model.family.", json_schema_extra={"enum": list(FAMILIES)}
+    )
+    checkpoint: str = Field(description="The checkpoint's folder, as in model.checkpoint.")
+    sampling: dict[str, Any] = Field(
+        default={},
+        description="The family's own sampling settings for this model. generate.sampling is not used. A key that is left out "
+        "has the family's default.",
+    )
+    score: dict[str, Any] = Field(
+        default={}, description="Keys of the section score that differ for this model, such as its question."
+    )
+
+
+class Audit(Section):
+    """The audit of models before any training (`snakemake audit`), and what its verdict takes for granted."""
+
+    models: dict[Annotated[str, Field(pattern=ARM)], AuditedModel] = Field(
+        default={},
+        description="The models, by name. Each draws and judges the benchmarks; nothing is trained. Empty: the base model and "
+        "the baselines. A model with a name of arXiv 2507.16663, such as Janus-Pro-7B, has the paper's numbers beside its own.",
+    )
+    judges: list[Name] = Field(
+        default=[],
+        description="Further judges of the audited images, such as a table of people's verdicts. Their agreement with the "
+        "model's own judge, with the external judge and with each other is measured.",
+    )
+    strata: dict[str, list[str]] = Field(
+        default={},
+        description="The categories of each stratum, in the order in which they are shown. Empty: easy, medium and hard as the "
+        "benchmarks define them, or one stratum for each benchmark if none does.",
+    )
+    like: list[Name] = Field(
+        default=[], description="The benchmarks whose prompts stand for the training prompts in the forecast. Empty: all."
+    )
+    prompts: Positive = Field(
+        default=6000, description="The number of training prompts in the forecast. The paper has about 6,000."
+    )
+    correlation: Annotated[list[Share], Field(min_length=3, max_length=3)] = Field(
+        default=[0.1, 0.4, 0.7],
+        description="How much images of one prompt resemble each other in being accepted, as the intraclass correlation: the "
+        "lowest, the assumed and the highest value. It is needed where a model draws only one image for each prompt, because "
+        "one image cannot show it. With more images it is measured.",
+    )
+    least_gap: Annotated[float, Field(ge=0, le=100)] = Field(
+        default=5.0, description="Below this Non., in percent, the gap is too small to be worth a training."
+    )
+    least_auc: Share = Field(
+        default=0.7,
+        description="Below this AUC of p_yes against the external judge, the model's own judge is too weak in a subtask.",
+    )
+    most_weak: Share = Field(
+        default=0.5, description="If the judge is too weak in more than this share of the subtasks, it is too weak altogether."
+    )
+    least_rows: Positive = Field(
+        default=250,
+        description="With fewer expected training rows than this, there is too little to train on. The paper's smallest "
+        "training set has 254.",
+    )
+    device: str = Field(
+        default="", description="Part of the name of the GPU or CPU whose measured speed gives the GPU hours (speed/results)."
+    )
+
+    @field_validator("correlation")
+    @classmethod
+    def _rising(cls, correlation: list[float]) -> list[float]:
+        if sorted(correlation) != correlation:
+            raise ValueError("the lowest, the assumed and the highest correlation must rise, as in [0.1, 0.4, 0.7]")
+        return correlation
+
+
 class Config(Section):
     """The configuration of one run."""
 
@@ -377,6 +451,7 @@ class Config(Section):
     evaluate: Evaluate = Field(default=Evaluate(), description="How the metrics are summarised.")
     report: Report = Field(default=Report(), description="The contact sheet and the tables.")
     dynamics: Dynamics = Field(default=Dynamics(), description="Learning dynamics, which only `snakemake dynamics` computes.")
+    audit: Audit = Field(default=Audit(), description="The audit of models before any training.")
 
     @model_validator(mode="before")
     @classmethod
@@ -386,7 +461,11 @@ class Config(Section):
             return fields
         sections = ("benchmarks", "judges", "understanding", "arms", "baselines")
         named = {key: fields[key] for key in sections if isinstance(fields.get(key), dict)}
-        return fields | {key: {k: v for k, v in part.items() if v is not None} for key, part in named.items()}
+        fields = fields | {key: {k: v for k, v in part.items() if v is not None} for key, part in named.items()}
+        audit = fields.get("audit")
+        if isinstance(audit, dict) and isinstance(audit.get("models"), dict):
+            fields["audit"] = audit | {"models": {k: v for k, v in audit["models"].items() if v is not None}}
+        return fields
 
     @field_validator("judges", "benchmarks")
     @classmethod
@@ -399,23 +478,53 @@ class Config(Section):
     def _consistent(self) -> Config:
         problems = [*self._sampling_problems(), *self._judge_problems(), *self._understanding_problems(), *self._arm_problems()]
         problems += self._dynamics_problems()
-        if problems:
+        if problems := problems or self._audit_problems():
             raise ValueError("\n".join(problems))
         return self
 
-    def _sampling_problems(self) -> list[str]:
+    def _sampling_problems(self, section: str = "generate.sampling") -> list[str]:
         family = describe(self.model.family)
         try:
             family.sampling.model_validate(self.generate.sampling)
         except ValidationError as failure:
             known = ", ".join(family.sampling.model_fields)
             return [
-                f"generate.sampling.{error['loc'][0]}: the family {family.name} has no such setting; its settings are {known}"
+                f"{section}.{error['loc'][0]}: the family {family.name} has no such setting; its settings are {known}"
                 if error["type"] == "extra_forbidden"
-                else _line("generate.sampling", error, family.sampling.model_fields)
+                else _line(section, error, family.sampling.model_fields)
                 for error in failure.errors()
             ]
         return []
+
+    def _audit_problems(self) -> list[str]:
+        problems = []
+        if self.audit.models and not self.benchmarks:
+            problems.append("audit.models: there is no benchmark on which the models could be audited; add one to benchmarks")
+        taken = {**dict.fromkeys(self.arms, "an arm"), **dict.fromkeys(self.baselines, "a baseline"), "base": "the base model"}
+        for name, model in self.audit.models.items():
+            key = f"audit.models.{name}"
+            stem, _, epoch = name.partition("-by-")[0].rpartition("-epoch")
+            if name in taken or name in FOLDERS or (stem in self.arms and epoch.isdigit()):
+                problems.append(f"{key}: the run has a folder of this name, of {taken.get(name, 'its own')}; rename the model")
+            elif model.family not in FAMILIES:
+                problems.append(f"{key}.family: unknown family {model.family!r}; known families: {', '.join(FAMILIES)}")
+            elif lacks := {"draw", "judge"} - describe(model.family).roles:
+                problems.append(f"{key}.family: {model.family} cannot {min(lacks)} images, so it cannot be audited; remove it")
+            else:
+                try:
+                    alone = self.audited(name)
+                    problems += alone._sampling_problems(f"{key}.sampling")
+                except ValidationError as failure:
+                    problems += [_line(f"{key}.score", error, Score.model_fields) for error in failure.errors()]
+        for name in self.audit.judges:
+            try:
+                self.judge(name)
+            except ValueError as error:
+                problems.append(f"audit.judges: {error}")
+        for name in self.audit.like:
+            if name not in self.benchmarks:
+                problems.append(f"audit.like: {name} is not in benchmarks, which has {', '.join(self.benchmarks)}")
+        return problems
 
     def _judge_problems(self) -> list[str]:
         wanted = {f"benchmarks.{name}.judge": benchmark.judge for name, benchmark in self.benchmarks.items()}
@@ -537,6 +646,28 @@ class Config(Section):
     def untrained(self) -> dict[str, str]:
         """Return the checkpoints that are evaluated as they are, by name: the base model and the baselines."""
         return {"base": self.model.checkpoint, **self.baselines}
+
+    def to_audit(self) -> list[str]:
+        """Return the names of the models that an audit looks at: those of the section audit, or base and the baselines."""
+        return list(self.audit.models or self.untrained())
+
+    def audited(self, name: str) -> Config:
+        """Return the configuration with which an audited model draws and judges: this one, with that model as its model."""
+        if name not in self.audit.models:
+            return self.model_copy(update={"model": self.model.model_copy(update={"checkpoint": self.untrained()[name]})})
+        chosen = self.audit.models[name]
+        model = {"family": chosen.family, "checkpoint": chosen.checkpoint}
+        return self.model_copy(
+            update={
+                "model": self.model.model_copy(update=model),
+                "generate": self.generate.model_copy(update={"sampling": chosen.sampling}),
+                "score": Score.model_validate(self.score.model_dump() | chosen.score),
+                "understanding": {},
+                "arms": {},
+                "baselines": {},
+                "audit": Audit(),
+            }
+        )
 
     def sampling(self) -> Any:
         """Return the family's sampling settings, with its defaults filled in."""

@@ -293,6 +293,31 @@ SCHEMAS: dict[str, dict[str, Column]] = {
         "ci_high": optional(REAL, description="Its upper end."),
         "text": optional(TEXT, description="The finding in words, for the measures finding and warning."),
     },
+    "audit": {
+        "run": required(TEXT, description="The run."),
+        "model": required(TEXT, description="The audited model."),
+        "stratum": optional(TEXT, description="The stratum; empty for all strata together."),
+        "benchmark": optional(TEXT, description="The benchmark of a category; empty for a mean over categories."),
+        "category": optional(TEXT, description="The category (subtask); empty for the mean over those of the stratum."),
+        "measure": required(TEXT, description="What is measured; stages/audit.py defines all measures."),
+        "judge": optional(TEXT, description="The judge that it is measured with: own is the model itself."),
+        "other": optional(TEXT, description="The judge with which it is compared, for agreement and kappa."),
+        "value": optional(REAL, description="The value, in percent for shares; empty where nothing was counted."),
+        "n": required(INTEGER, description="How many images were counted."),
+        "ci_low": optional(REAL, description="The 95 % interval's lower end; empty where none is computed."),
+        "ci_high": optional(REAL, description="Its upper end."),
+    },
+    "forecast": {
+        "run": required(TEXT, description="The run."),
+        "model": required(TEXT, description="The audited model."),
+        "selection": required(TEXT, description="The arm whose selection is forecast, or sft and dpo without arms."),
+        "quantity": required(TEXT, description="What is forecast; stages/audit.py defines all quantities."),
+        "value": optional(REAL, description="The forecast; empty where nothing can be said."),
+        "n": required(INTEGER, description="How many audited images are behind it."),
+        "ci_low": optional(REAL, description="The 95 % interval's lower end; empty where there is none."),
+        "ci_high": optional(REAL, description="Its upper end."),
+        "text": optional(TEXT, description="Where the number comes from or, for the quantity verdict, the verdict."),
+    },
 }
 
 

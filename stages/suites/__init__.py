@@ -16,6 +16,7 @@ SUITES = {
     "shapes": "stages.suites.shapes:SHAPES",
     "text": "stages.suites.text:TEXT",
     "geneval": "stages.suites.geneval:GENEVAL",
+    "geneval-subtasks": "stages.suites.geneval_subtasks:GENEVAL_SUBTASKS",
     "t2i-compbench": "stages.suites.t2i_compbench:T2I_COMPBENCH",
     "science-t2i": "stages.suites.science_t2i:SCIENCE_T2I",
 }

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from stages.common.config import Arm, Benchmark, Config
+from stages.common.config import Arm, AuditedModel, Benchmark, Config
 from stages.common.files import whole_file
 from stages.common.settings import Section
 from stages.families import FAMILIES, describe
@@ -97,6 +97,8 @@ def page() -> str:
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
             parts += [f"\n## {name}\n", f"{(kind.__doc__ or '').strip()}\n", table(kind)]
+        if name == "audit":
+            parts.append(f"\n### audit.models.NAME\n\n{(AuditedModel.__doc__ or '').strip()}\n\n{table(AuditedModel)}")
         if name == "prompts":
             parts += [
                 "\n## prompts\n",

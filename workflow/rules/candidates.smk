@@ -9,7 +9,7 @@ rule generate:
         prompts=prompt_manifest,
         checkpoint=lambda wildcards: checkpoint_files(wildcards.node, "draw"),
         # `ancient`: the check must run first, but a repeated check, after a benchmark was added, re-draws nothing.
-        checked=ancient(f"{RUN}/prompts/sets.parquet"),
+        checked=ancient(f"{RUN}/prompts/sets.parquet") if settings.arms else [],
     output:
         manifest=f"{RUN}/{{node}}/candidates/{{set}}/{{shard}}.parquet",
         images=f"{RUN}/{{node}}/candidates/{{set}}/{{shard}}.tar",
@@ -25,15 +25,17 @@ rule generate:
         mem_mb=megabytes(2),
         runtime=minutes_for("draw", shard_images),
     params:
-        code=code("stages.generate", mentioned=USES),
-        config=CONFIG,
+        code=lambda wildcards: code("stages.generate", mentioned=uses_of(wildcards.node)),
+        config=lambda wildcards: config_of(wildcards.node),
         checkpoint=lambda wildcards: checkpoint_folder(wildcards.node),
         candidates=images_per_prompt,
         # A replay is a separate round, so that it does not reuse the seeds of round 0.
         round=lambda wildcards: REPLAYS[wildcards.node].node.epoch if wildcards.set == "replay" else 0,
-        sampling=read_by("stages.generate", settings.sampling()),
+        sampling=lambda wildcards: read_by(
+            "stages.generate", settings_of(wildcards.node).sampling(), uses=uses_of(wildcards.node)
+        ),
         shards=len(SHARDS),
-        model=MODEL,
+        model=lambda wildcards: model_identity(settings_of(wildcards.node)),
         seed=settings.seed,
     message:
         "Drawing: {wildcards.node}, {wildcards.set} prompts, shard {wildcards.shard}"

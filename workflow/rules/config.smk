@@ -21,13 +21,21 @@ from stages.understanding import understanding_kind
 try:
     names = ", ".join(str(path) for path in workflow.configfiles)
     settings = validate(dict(config), names)
-    if not settings.arms:
+    if not settings.arms and not settings.audit.models:
         raise UserError(
             f"{names}: arms is empty, so nothing would be trained; lay your file over a preset "
             "(--configfile configs/janus-pro-7b.yaml mine.yaml), or add arms, as config.yaml does"
         )
     FAMILY = describe(settings.model.family)
-    FAMILY.files(Path(settings.model.checkpoint), "draw")  # raises UserError unless it is one of this family
+    if settings.arms:
+        FAMILY.files(Path(settings.model.checkpoint), "draw")  # raises UserError unless it is one of this family
+    for model, chosen in settings.audit.models.items():
+        try:
+            for role in ("draw", "judge"):
+                describe(chosen.family).files(Path(chosen.checkpoint), role)
+        except UserError as error:
+            remedy = str(error).replace("model.checkpoint", f"audit.models.{model}.checkpoint")
+            raise UserError(f"{names}: audit.models.{model}: {remedy}") from None
     for baseline, checkpoint in settings.baselines.items():
         try:
             for role in ("draw", "judge"):
@@ -39,6 +47,12 @@ try:
 except UserError as error:
     raise WorkflowError(str(error))
 
+
+def model_identity(chosen):
+    """Return everything besides the weights on which a model's results depend. Device and batch sizes are not included."""
+    return {"family": chosen.model.family, "dtype": chosen.model.dtype}
+
+
 USES = [entry("FAMILIES", settings.model.family)]  # the registry entries that drawing, judging and training use
 RUN = f"results/{settings.run}"
 CONFIG = f"{RUN}/run_config.yaml"
@@ -47,13 +61,17 @@ SHARDS = [f"{number:04d}" for number in range(settings.generate.shards)]
 BENCHMARKS = list(settings.benchmarks)
 JUDGED = [name for name in BENCHMARKS if settings.benchmarks[name].judge]  # those with an external judge
 UNDERSTANDING = list(settings.understanding)
-UNTRAINED = settings.untrained()  # base and the baselines, with their checkpoints
+AUDITED = {name: settings.audited(name) for name in settings.audit.models}  # models that are only audited, with their settings
+UNTRAINED = settings.untrained() if settings.arms else {}  # base and the baselines, with their checkpoints
 EVALUATED = [*UNTRAINED, *settings.arms]
 MATCHED = [arm for arm in settings.arms if settings.arm_pairs(arm).matched]
-# Everything besides the weights on which a model's results depend. Device and batch sizes are not included.
-MODEL = {"family": settings.model.family, "dtype": settings.model.dtype}
+MODEL = model_identity(settings)
 ORACLES = list(dict.fromkeys(filter(None, (settings.arm_pairs(arm).oracle for arm in settings.arms))))
-JUDGES = list(dict.fromkeys([*ORACLES, *(judge for name in BENCHMARKS for judge in settings.benchmark_judges(name))]))
+JUDGES = list(
+    dict.fromkeys(
+        [*ORACLES, *(judge for name in BENCHMARKS for judge in settings.benchmark_judges(name)), *settings.audit.judges]
+    )
+)
 GPU_JUDGES = [name for name in JUDGES if judge_kind(settings.judge(name).kind).gpu]
 try:
     for name in JUDGES:
@@ -75,7 +93,7 @@ def pattern(names):
 
 wildcard_constraints:
     arm=pattern(settings.arms),
-    node=pattern([*UNTRAINED, *NODES, *REPLAYS]),
+    node=pattern([*UNTRAINED, *NODES, *REPLAYS, *AUDITED]),
     set=pattern(["train", "replay", *BENCHMARKS]),
     benchmark=pattern(BENCHMARKS),
     understanding=pattern(UNDERSTANDING),

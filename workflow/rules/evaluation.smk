@@ -9,11 +9,13 @@ rule evaluate:
         prompts=f"{RUN}/prompts/{{benchmark}}.parquet",
         verdicts=lambda wildcards: verdict_files(wildcards.node, wildcards.benchmark),
         scores=lambda wildcards: shard_files(wildcards.node, "scores", wildcards.benchmark),
-        base_verdicts=lambda wildcards: verdict_files("base", wildcards.benchmark),
-        base_scores=lambda wildcards: shard_files("base", "scores", wildcards.benchmark),
+        base_verdicts=lambda wildcards: verdict_files(compared_with(wildcards.node), wildcards.benchmark),
+        base_scores=lambda wildcards: shard_files(compared_with(wildcards.node), "scores", wildcards.benchmark),
         # The base model's verdicts on its own images are its scores.
         arm_scores_of_base=lambda wildcards: shard_files(
-            wildcards.node, "scores" if wildcards.node == "base" else "scores-of-base", wildcards.benchmark
+            wildcards.node,
+            "scores" if wildcards.node == compared_with(wildcards.node) else "scores-of-base",
+            wildcards.benchmark,
         ),
     output:
         f"{RUN}/{{node}}/metrics/{{benchmark}}.parquet",

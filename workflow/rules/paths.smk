@@ -13,6 +13,8 @@ results/<run>/<node>/schedule.parquet, checkpoint/, training.parquet, replay/
 results/<run>/<node>-by-<who>/replay/                                the replay of a control, with its candidates and scores
 results/<run>/tables/                                                the result tables as CSV, Markdown and LaTeX
 results/<run>/pages/, report.html                                    gallery, report and review
+results/<run>/<model>/config.yaml, candidates/, scores/, ...         a model that is only audited, laid out like a node
+results/<run>/audit/                                                 the audit of all these models
 """
 
 from hashlib import sha256
@@ -20,8 +22,25 @@ from hashlib import sha256
 # Models
 
 
+def config_of(node):
+    """Return the configuration file with which a node draws and judges: the run's, or that of a model that is only audited."""
+    return f"{RUN}/{node}/config.yaml" if node in AUDITED else CONFIG
+
+
+def settings_of(node):
+    return AUDITED.get(node, settings)
+
+
+def uses_of(node):
+    """Return the registry entries that drawing and judging by a node use."""
+    return [entry("FAMILIES", settings_of(node).model.family)]
+
+
 def checkpoint_files(node, role):
     """Return the files that identify a node's model in a role: when one changes, it is another model."""
+    if node in AUDITED:
+        chosen = AUDITED[node].model
+        return [str(path) for path in describe(chosen.family).files(Path(chosen.checkpoint), role)]
     model = model_of(node, role)
     if model not in UNTRAINED:
         return [f"{RUN}/{model}/checkpoint/{FAMILY.trained_file}"]
@@ -29,6 +48,8 @@ def checkpoint_files(node, role):
 
 
 def checkpoint_folder(node, role="draw"):
+    if node in AUDITED:
+        return AUDITED[node].model.checkpoint
     model = model_of(node, role)
     return UNTRAINED.get(model) or f"{RUN}/{model}/checkpoint"
 
@@ -80,6 +101,11 @@ def images_per_prompt(wildcards):
     if wildcards.set == "replay":
         return settings.arms[REPLAYS[wildcards.node].node.arm].candidates or settings.generate.candidates
     return settings.generate.candidates
+
+
+def compared_with(node):
+    """Return the node with which the metrics compare a node: base, or for a model that is only audited itself."""
+    return node if node in AUDITED else "base"
 
 
 def shard_files(node, kind, images):
@@ -338,7 +364,12 @@ def shown_files():
 
 
 def final_outputs():
-    """Return the final outputs of a run: pages, summary and pictures or, without a benchmark, the arms' checkpoints and pages."""
+    """Return the final outputs of a run: pages, summary and pictures or, without a benchmark, the arms' checkpoints and pages.
+
+    A configuration without arms only audits.
+    """
+    if not settings.arms:
+        return audit_files()
     summary = [f"{RUN}/summary.csv"] if BENCHMARKS or UNDERSTANDING else []
     sheet = [f"{RUN}/contact_sheet.png"] if BENCHMARKS else []
     return [*summary, *sheet, *shown_files(), f"{RUN}/report.html", f"{RUN}/pages"]

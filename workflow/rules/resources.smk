@@ -6,7 +6,6 @@ The profile's set-resources can override them. What work takes how long is in st
 
 from functools import cache
 
-GIGABYTES = cost.gigabytes(settings)
 GPUS = 0 if settings.model.device == "cpu" else settings.model.workers or 1
 
 
@@ -15,15 +14,20 @@ def prompt_count(name):
     return cost.prompt_limit(chosen_prompts(name))
 
 
+@cache
+def gigabytes(node):
+    return cost.gigabytes(settings_of(node))
+
+
 def megabytes(copies):
     """Return the memory of a node, in MB, for that many copies of the weights and for Python with its libraries."""
-    return lambda wildcards, attempt: attempt * int(4000 + 1000 * copies * GIGABYTES)
+    return lambda wildcards, attempt: attempt * int(4000 + 1000 * copies * gigabytes(wildcards.get("node", "base")))
 
 
 def minutes_for(work, count, gpus=lambda wildcards: 1):
     """Return the minutes for `count` images or rows on `gpus` GPUs, both functions of the wildcards, plus 30 for start-up."""
     return lambda wildcards, attempt: attempt * int(
-        30 + cost.SECONDS[work] * GIGABYTES * count(wildcards) / gpus(wildcards) / 60
+        30 + cost.SECONDS[work] * gigabytes(wildcards.get("node", "base")) * count(wildcards) / gpus(wildcards) / 60
     )
 
 

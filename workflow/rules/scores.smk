@@ -25,11 +25,13 @@ rule score:
         mem_mb=megabytes(2),
         runtime=minutes_for("judge", shard_images),
     params:
-        code=code("stages.score", mentioned=USES),
-        config=CONFIG,
+        code=lambda wildcards: code("stages.score", mentioned=uses_of(wildcards.node)),
+        config=lambda wildcards: config_of(wildcards.node),
         checkpoint=lambda wildcards: checkpoint_folder(wildcards.node, "judge"),
-        settings=read_by("stages.score", settings.score, without=["batch_size"]),
-        model=MODEL,
+        settings=lambda wildcards: read_by(
+            "stages.score", settings_of(wildcards.node).score, without=["batch_size"], uses=uses_of(wildcards.node)
+        ),
+        model=lambda wildcards: model_identity(settings_of(wildcards.node)),
     message:
         "Judging: {wildcards.node}, {wildcards.scores}, {wildcards.set} images, shard {wildcards.shard}"
     shell:

@@ -22,11 +22,19 @@ def at_start(function):
 
 
 def write_run_config():
-    """Write the merged configuration beside its results if it has changed, and return whether it has."""
+    """Write the merged configuration beside its results if it has changed, and return whether it has.
+
+    A model that is only audited draws and judges with a configuration of its own in its folder.
+    """
+    for model, own in AUDITED.items():
+        write_settings(own, Path(config_of(model)))
+    return write_settings(settings, Path(CONFIG))
+
+
+def write_settings(chosen, path):
     import yaml
 
-    text = yaml.safe_dump(settings.model_dump(), sort_keys=False)
-    path = Path(CONFIG)
+    text = yaml.safe_dump(chosen.model_dump(), sort_keys=False)
     if path.exists() and path.read_text() == text:
         return False
     try:
@@ -54,7 +62,7 @@ def cancel_orphans():
 
 
 def show_summary():
-    for name in ("summary", "judge_report"):
+    for name in ("summary", "judge_report", "audit") if settings.arms else ("audit",):
         log = Path(f"{RUN}/logs/{name}.log")
         if log.exists():
             print(log.read_text())

@@ -1,0 +1,56 @@
+"""How far two judges agree on images: the share of equal verdicts and Cohen's kappa, with 95 % intervals.
+
+Kappa is (a - e) / (1 - e), where a is the share of images on which both judges agree and e is the share that they would agree
+on by chance, if each gave its own shares of yes and no to images at random (Cohen 1960). It is 1 for judges that always agree
+and 0 for chance, and it has no value where both give one and the same answer to every image.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from stages.tools import metrics
+from stages.tools.intervals import FEW
+from stages.tools.rates import Rate, share
+
+ROUNDS = 2000  # resamples of prompts
+
+
+def kappa(counts: np.ndarray) -> np.ndarray:
+    """Return Cohen's kappa, float `[...]`, of counts `[..., 4]`: both yes, only the first, only the second, both no.
+
+    It is NaN where chance alone explains full agreement, and where nothing was counted.
+    """
+    total = counts.sum(-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        both, first, second, neither = np.moveaxis(counts / total[..., None], -1, 0)
+        by_chance = (both + first) * (both + second) + (neither + first) * (neither + second)
+        return np.where(by_chance < 1, (both + neither - by_chance) / (1 - by_chance), np.nan)
+
+
+def tallies(one: np.ndarray, other: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    """Return how often both judges said yes, only the first, only the second, and neither, by prompt: float `[prompts, 4]`."""
+    _, places = np.unique(prompts, return_inverse=True)
+    cells = 2 * (1 - one.astype(int)) + (1 - other.astype(int))
+    found = np.zeros((places.max() + 1 if len(places) else 0, 4))
+    np.add.at(found, (places, cells), 1)
+    return found
+
+
+def agree(one: np.ndarray, other: np.ndarray, prompts: np.ndarray, seed: int) -> tuple[Rate, Rate]:
+    """Return the share of images on which two judges agree, and their kappa.
+
+    one, other: bool `[n]`, the verdicts on the same images. prompts: the prompt of each image. The interval of kappa is the
+    percentile interval of resampled prompts. It is left out where fewer than FEW images were judged, or if it has no width.
+    """
+    equal = share(one == other, prompts)
+    counts = tallies(one, other, prompts)
+    value = float(kappa(counts.sum(0))) if len(one) else float("nan")
+    if np.isnan(value):
+        return equal, Rate(None, len(one))
+    low = high = None
+    if len(one) >= FEW:
+        picks = np.random.default_rng(seed).multinomial(len(counts), [1 / len(counts)] * len(counts), size=ROUNDS)
+        low, high = metrics.interval(kappa(picks @ counts))
+        low, high = (None, None) if low == high else (low, high)
+    return equal, Rate(value, len(one), None, low, high)
