@@ -223,9 +223,9 @@ def agreements(images: Sequence[Images], where: Row) -> Iterable[Row]:
             known = ~np.isnan(first) & ~np.isnan(second)
             prompts = joined(both, lambda part: part.prompt)[known]
             seed = hash_seed("audit", one, other, *map(str, where.values()))
-            equal, kappa = kappa.agree(first[known] == 1, second[known] == 1, prompts, seed)
+            equal, beyond_chance = kappa.agree(first[known] == 1, second[known] == 1, prompts, seed)
             yield of_rate("agreement", equal, 100, judge=one, other=other)
-            yield of_rate("kappa", kappa, judge=one, other=other)
+            yield of_rate("kappa", beyond_chance, judge=one, other=other)
 
 
 def weak_generation_by(images: Sequence[Images], further: Sequence[str]) -> Iterable[Row]:
