@@ -355,3 +355,18 @@ def test_pages_of_60000_candidates_take_minutes_and_little_memory_and_each_is_li
     assert fixed + sum(prompts[: index["perPage"]]) < 2_000_000
     for name in ("index.html", "report.html", "review.html", "review/sample.js"):
         assert (pages / name).stat().st_size < 2_000_000 - assets
+
+
+@pytest.mark.slow
+def test_pages_of_large_noisy_images_are_light(tmp_path):
+    folder = make_run(tmp_path / "noisy", training=92, held_out=20, candidates=10, side=384)
+    _, seconds, _ = measured(sys.executable, "-m", "stages.browse", folder)
+    heaviest = []
+    for name in ("train", "validation"):
+        sizes = sorted((path.stat().st_size for path in folder.glob(f"pages/gallery/{name}/*/*.js")), reverse=True)
+        heaviest.append(sum(sizes[: data(folder / f"pages/gallery/{name}/index.js")["perPage"]]))
+    images = len(table(folder, "*/candidates/*/*.parquet"))
+    size = sum(path.stat().st_size for path in folder.glob("pages/gallery/*/*/*.js"))
+    print(f"{images} images: {seconds:.1f} s, {size / images:.0f} bytes for an image, heaviest pages {heaviest}")
+    assert max(heaviest) < 1_900_000
+    assert seconds / images * 60_000 < 900
