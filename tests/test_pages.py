@@ -18,7 +18,7 @@ from stages.common import shards
 from stages.judges.table import read_table
 from stages.pages import gallery, plots
 from stages.pages.render import ASSETS
-from stages.pages.report import page_of
+from stages.pages.report import facts_of, page_of
 from stages.pages.review import Plan, drawn, needed
 from stages.pages.run import open_run
 from stages.tools.agreement import cohens_kappa, compared, fleiss_kappa, majority
@@ -158,7 +158,7 @@ def test_names_and_findings_are_escaped_in_pages(tmp_path):
     (folder / "tables").mkdir()
     columns = "model,source,a<b> gen,a<b> gen_ci_low,a<b> gen_ci_high,a<b> gen_n,recipe\n"
     (folder / "tables/generation.csv").write_text(columns + "<script>1</script>,made,1.0,0.5,1.5,7,<i>by whom</i>\n")
-    text = page_of(open_run(folder), alone=True)
+    text = page_of(facts_of(open_run(folder)), alone=True)
     assert "<script>1" not in text and "&lt;script&gt;1&lt;/script&gt;" in text
     assert "a&lt;b&gt; gen" in text and "&lt;i&gt;by whom&lt;/i&gt;" in text
     assert "0.5 to 1.5, n 7" in text
