@@ -225,6 +225,7 @@ def nothing(row: Row, value: str) -> bool:
 def interval_plots(run: Run, rows: list[Row]) -> list[Figure]:
     """Return for each benchmark the metrics overall, by subtask, and the differences from base."""
     found = []
+    order = list(dict.fromkeys(row["arm"] for row in rows))
     for name in run.config.benchmarks:
         mine = [row for row in rows if row["benchmark"] == name]
         by_metric = {label: [row for row in mine if row["metric"] == metric] for metric, label in METRICS.items()}
@@ -243,7 +244,7 @@ def interval_plots(run: Run, rows: list[Row]) -> list[Figure]:
             (f"{name}, by subtask", panels(False, plain), "percent", False),
         ]
         for title, parts, label, zero in wanted:
-            if svg := plots.intervals(title, parts, label, zero):
+            if svg := plots.intervals(title, parts, order, label, zero):
                 found.append(Figure(f"{title}, with 95 % intervals.", svg))
     return found
 
