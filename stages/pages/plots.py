@@ -65,8 +65,8 @@ def intervals(
 ) -> Markup | None:
     """Return a plot with a panel for each metric: values with intervals, a line of text for each row, a colour for each series.
 
-    order: all series, so that each has the same colour in every plot. zero: mark zero, for differences. Returns None without any
-    points.
+    order: all series, so that each has the same colour in every plot. zero: mark zero, for differences. Returns None without
+    any point.
     """
     panels = {name: points for name, points in panels.items() if points}
     if not panels:
