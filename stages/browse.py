@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
+from typing import Any
 
 from stages.common.errors import UserError, run_stage
 from stages.common.files import aside, whole_file
@@ -23,8 +24,8 @@ from stages.pages.run import Run, open_run
 THUMBNAIL = 112  # pixels
 
 
-def write_pages(run: Run, out: Path, side: int, plan: Plan) -> None:
-    """Write all pages to an empty folder."""
+def write_pages(run: Run, out: Path, side: int, plan: Plan) -> dict[str, Any]:
+    """Write all pages to an empty folder, and return what the report says."""
     shutil.copytree(ASSETS, out / "assets")
     sets = gallery.write(run, out / "gallery", side)
     sample = review.write(run, out / "review", plan)
@@ -33,7 +34,9 @@ def write_pages(run: Run, out: Path, side: int, plan: Plan) -> None:
     facts |= {"sets": sets, "missing": len(run.missing())}
     for name, title in (("index", "Pages"), ("gallery", "Gallery"), ("review", "Review")):
         write_text(out / f"{name}.html", page(f"{name}.html", name=name, title=title, review=sample, **facts))
-    write_text(out / "report.html", report.page_of(run, alone=False))
+    reported = report.facts_of(run)
+    write_text(out / "report.html", report.page_of(reported, alone=False))
+    return reported
 
 
 def replace(temporary: Path, out: Path) -> None:
@@ -82,12 +85,12 @@ def main() -> None:
     check(out)
     temporary = aside(out)
     try:
-        write_pages(run, temporary, arguments.thumbnail, plan)
+        reported = write_pages(run, temporary, arguments.thumbnail, plan)
         replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     with whole_file(arguments.report or arguments.run / "report.html") as file:
-        file.write_text(report.page_of(run, alone=True), encoding="utf-8")
+        file.write_text(report.page_of(reported, alone=True), encoding="utf-8")
     print(f"{out / 'index.html'}")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from PIL import Image
 
 from stages.common import manifests, shards
 from stages.common.config import Config, validate
@@ -43,9 +44,13 @@ class Made:
 
     @staticmethod
     def picture(generator: np.random.Generator, side: int) -> np.ndarray:
-        """Return two colours in stripes, as uint8 `[side, side, 3]`."""
-        colours = generator.integers(0, 255, (2, 3), dtype=np.uint8)
-        return colours[(np.arange(side) // 4 % 2)[:, None].repeat(side, 1)]
+        """Return two colours in stripes or, for a large side, soft spots with noise, as uint8 `[side, side, 3]`."""
+        if side <= 100:
+            colours = generator.integers(0, 255, (2, 3), dtype=np.uint8)
+            return colours[(np.arange(side) // 4 % 2)[:, None].repeat(side, 1)]
+        spots = Image.fromarray(generator.integers(0, 255, (24, 24, 3), dtype=np.uint8))
+        noise = generator.normal(0, 12, (side, side, 3))
+        return np.clip(np.asarray(spots.resize((side, side), Image.Resampling.BICUBIC)) + noise, 0, 255).astype(np.uint8)
 
     def write(self, name: str, kind: str, rows: list[Row]) -> None:
         manifests.write(self.folder / name, kind, rows, stage="stages.prompts")
@@ -136,19 +141,19 @@ class Made:
         return waiting
 
 
-def config_of(run: str, **changes) -> Config:
+def config_of(run: str) -> Config:
     small = merged(SMALL, {"run": run, "generate": {"candidates": 4}})
-    return validate(small | {"arms": ARMS} | changes, "test")
+    return validate(small | {"arms": ARMS}, "test")
 
 
 def make_run(
-    folder: Path, training: int = 30, held_out: int = 12, candidates: int = 4, shard_count: int = 2, **changes
+    folder: Path, training: int = 30, held_out: int = 12, candidates: int = 4, shard_count: int = 2, side: int = 24
 ) -> Path:
     """Write a whole run, but for tables and pictures, and return its folder."""
-    config = config_of(folder.name, **changes)
+    config = config_of(folder.name)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run_config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
-    made = Made(folder, shard_count=shard_count)
+    made = Made(folder, shard_count=shard_count, side=side)
     prompts = made.prompts("train", [*AWKWARD, *(f"training prompt of number {number}" for number in range(training))])
     made.draw("base", "train", prompts, candidates)
     waiting = made.select("sft", "base", "train", "sft", 0.8)

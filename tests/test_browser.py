@@ -5,7 +5,10 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pandas
@@ -207,6 +210,29 @@ def test_base_stands_beside_each_arm_on_held_out_prompts(visit):
     assert names == ["base", "sft", "dpo", "c-sft"]
     tops = {round(group.bounding_box()["y"]) for group in card.query_selector_all(".group")}
     assert len(tops) <= 2
+
+
+def test_pages_are_the_same_from_a_server(made, browser):
+    from tests.browser import ready
+
+    handler = partial(SimpleHTTPRequestHandler, directory=str(made / "pages"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{server.server_port}/gallery.html#set=validation&own=y&sort=p-high")
+        ready(page)
+        local = browser.new_page()
+        local.goto((made / "pages/gallery.html").as_uri() + "#set=validation&own=y&sort=p-high")
+        ready(local)
+        assert page.inner_text("main") == local.inner_text("main")
+        page.close()
+        local.close()
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 # Report, index and all widths

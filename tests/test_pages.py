@@ -18,7 +18,7 @@ from stages.common import shards
 from stages.judges.table import read_table
 from stages.pages import gallery, plots
 from stages.pages.render import ASSETS
-from stages.pages.report import page_of
+from stages.pages.report import facts_of, page_of
 from stages.pages.review import Plan, drawn, needed
 from stages.pages.run import open_run
 from stages.tools.agreement import cohens_kappa, compared, fleiss_kappa, majority
@@ -158,7 +158,7 @@ def test_names_and_findings_are_escaped_in_pages(tmp_path):
     (folder / "tables").mkdir()
     columns = "model,source,a<b> gen,a<b> gen_ci_low,a<b> gen_ci_high,a<b> gen_n,recipe\n"
     (folder / "tables/generation.csv").write_text(columns + "<script>1</script>,made,1.0,0.5,1.5,7,<i>by whom</i>\n")
-    text = page_of(open_run(folder), alone=True)
+    text = page_of(facts_of(open_run(folder)), alone=True)
     assert "<script>1" not in text and "&lt;script&gt;1&lt;/script&gt;" in text
     assert "a&lt;b&gt; gen" in text and "&lt;i&gt;by whom&lt;/i&gt;" in text
     assert "0.5 to 1.5, n 7" in text
@@ -178,11 +178,13 @@ def test_no_page_names_an_address_outside(made):
 
 def test_plots_take_their_colours_from_the_page():
     points = [plots.Point(row, series, 50.0, 40.0, 60.0) for row in ("<a>", "b") for series in ("base", "sft")]
-    svg = plots.intervals("t & <t>", {"Gen.": points, "Non.": points, "none": []}, "percent")
-    assert svg is not None and svg == plots.intervals("t & <t>", {"Gen.": points, "Non.": points, "none": []}, "percent")
-    assert "var(--c0)" in svg and "var(--c1)" in svg and "currentColor" in svg and "#01010" not in svg
+    drawn = [plots.intervals("t & <t>", {"Gen.": points, "none": []}, ["base", "dpo", "sft"], "percent") for _ in range(2)]
+    svg = str(drawn[0])
+    assert drawn[0] == drawn[1]
+    assert "var(--c0)" in svg and "var(--c2)" in svg and "currentColor" in svg
+    assert "var(--c1)" not in svg and "#01010" not in svg  # each series has its own colour in every plot, and dpo has no point
     assert "&lt;a&gt;" in svg and "<a>" not in svg and "none" not in re.findall(r">([^<]*)</text>", svg)
-    assert plots.intervals("empty", {"Gen.": []}, "percent") is None
+    assert plots.intervals("empty", {"Gen.": []}, ["base"], "percent") is None
 
 
 def contrast(first: str, second: str) -> float:
@@ -355,3 +357,18 @@ def test_pages_of_60000_candidates_take_minutes_and_little_memory_and_each_is_li
     assert fixed + sum(prompts[: index["perPage"]]) < 2_000_000
     for name in ("index.html", "report.html", "review.html", "review/sample.js"):
         assert (pages / name).stat().st_size < 2_000_000 - assets
+
+
+@pytest.mark.slow
+def test_pages_of_large_noisy_images_are_light(tmp_path):
+    folder = make_run(tmp_path / "noisy", training=92, held_out=20, candidates=10, side=384)
+    _, seconds, _ = measured(sys.executable, "-m", "stages.browse", folder)
+    heaviest = []
+    for name in ("train", "validation"):
+        sizes = sorted((path.stat().st_size for path in folder.glob(f"pages/gallery/{name}/*/*.js")), reverse=True)
+        heaviest.append(sum(sizes[: data(folder / f"pages/gallery/{name}/index.js")["perPage"]]))
+    images = len(table(folder, "*/candidates/*/*.parquet"))
+    size = sum(path.stat().st_size for path in folder.glob("pages/gallery/*/*/*.js"))
+    print(f"{images} images: {seconds:.1f} s, {size / images:.0f} bytes for an image, heaviest pages {heaviest}")
+    assert max(heaviest) < 1_900_000
+    assert seconds / images * 60_000 < 900

@@ -60,27 +60,31 @@ def _dress(axes: Any, title: str, label: str) -> None:
     axes.patch.set_visible(False)
 
 
-def intervals(title: str, panels: Mapping[str, Sequence[Point]], label: str, zero: bool = False) -> Markup | None:
+def intervals(
+    title: str, panels: Mapping[str, Sequence[Point]], order: Sequence[str], label: str, zero: bool = False
+) -> Markup | None:
     """Return a plot with a panel for each metric: values with intervals, a line of text for each row, a colour for each series.
 
-    zero: mark zero, for differences. Returns None if there are no points.
+    order: all series, so that each has the same colour in every plot. zero: mark zero, for differences. Returns None without
+    any point.
     """
     panels = {name: points for name, points in panels.items() if points}
     if not panels:
         return None
-    rows = list(dict.fromkeys(point.row for points in panels.values() for point in points))
-    series = list(dict.fromkeys(point.series for points in panels.values() for point in points))
-    step = 0.7 / len(series)
-    figure = _figure(2.6 * len(panels) + 1.2, 0.9 + len(rows) * max(0.3, 0.17 * len(series)) + 0.22 * (len(series) > 1))
+    every = [point for points in panels.values() for point in points]
+    rows, found = (list(dict.fromkeys(values)) for values in ([p.row for p in every], [p.series for p in every]))
+    shared = any(point.row != point.series for point in every)  # otherwise each row is a series, and needs no legend
+    series = sorted(found, key=order.index)
+    looks = {name: (COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)]) for n, name in enumerate(order)}
+    figure = _figure(2.6 * len(panels) + 1.2, 0.9 + len(rows) * max(0.3, 0.17 * len(series) * shared) + 0.22 * shared)
     places = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, (name, points) in zip(places, panels.items(), strict=True):
         for point in points:
-            number = series.index(point.series)
-            place = rows.index(point.row) + (number - (len(series) - 1) / 2) * step
-            colour = COLOURS[number % len(COLOURS)]
+            offset = (series.index(point.series) - (len(series) - 1) / 2) * 0.7 / len(series) if shared else 0
+            place, (colour, marker) = rows.index(point.row) + offset, looks[point.series]
             if point.low is not None and point.high is not None:
                 axes.plot([point.low, point.high], [place, place], color=colour, linewidth=1.6, solid_capstyle="butt")
-            axes.plot([point.value], [place], MARKERS[number % len(MARKERS)], color=colour, markersize=4.5)
+            axes.plot([point.value], [place], marker, color=colour, markersize=4.5)
         if zero:
             axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
         for place in range(1, len(rows)):
@@ -88,11 +92,11 @@ def intervals(title: str, panels: Mapping[str, Sequence[Point]], label: str, zer
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_yticks(range(len(rows)), rows)
         _dress(axes, name, label)
-    if len(series) > 1:
+    if shared:
         handles = []
-        for number, name in enumerate(series):
-            look = {"marker": MARKERS[number % len(MARKERS)], "color": COLOURS[number % len(COLOURS)], "markersize": 4.5}
-            handles += figure.axes[0].plot([], [], label=name, **look)
+        for name in series:
+            colour, marker = looks[name]
+            handles += figure.axes[0].plot([], [], marker=marker, color=colour, markersize=4.5, label=name)
         figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=9, frameon=False, labelcolor=INK)
     return _svg(figure, title)
 

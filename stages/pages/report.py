@@ -225,6 +225,7 @@ def nothing(row: Row, value: str) -> bool:
 def interval_plots(run: Run, rows: list[Row]) -> list[Figure]:
     """Return for each benchmark the metrics overall, by subtask, and the differences from base."""
     found = []
+    order = list(dict.fromkeys(row["arm"] for row in rows))
     for name in run.config.benchmarks:
         mine = [row for row in rows if row["benchmark"] == name]
         by_metric = {label: [row for row in mine if row["metric"] == metric] for metric, label in METRICS.items()}
@@ -243,7 +244,7 @@ def interval_plots(run: Run, rows: list[Row]) -> list[Figure]:
             (f"{name}, by subtask", panels(False, plain), "percent", False),
         ]
         for title, parts, label, zero in wanted:
-            if svg := plots.intervals(title, parts, label, zero):
+            if svg := plots.intervals(title, parts, order, label, zero):
                 found.append(Figure(f"{title}, with 95 % intervals.", svg))
     return found
 
@@ -298,34 +299,32 @@ def versions() -> list[tuple[str, str]]:
     return [(name, version) for name, version in known if version]
 
 
-def page_of(run: Run, alone: bool) -> str:
-    """Return the report. alone: a single file without links to other pages."""
+def facts_of(run: Run) -> Row:
+    """Return everything that the report says."""
     rows = metrics_of(run)
-    missing = run.missing()
     numbers, findings = judging(run)
     config = run.config
-    drawings = interval_plots(run, rows)
     curves = embedded(run.folder / "learning_curves.png", "Metrics by epoch of training, with 95 % intervals as bands.")
-    curves += training_losses(run)
     caption = "The judge report: ROC curves, calibration and distribution of p(yes), and what each threshold would accept."
-    return page(
-        "report.html",
-        name="report",
-        title="Report",
-        run=config.run,
-        alone=alone,
-        seed=config.seed,
-        model=f"{config.model.family}, {config.model.checkpoint}",
-        missing=missing,
-        tables=tables(run, rows),
-        plots=drawings,
-        curves=curves,
-        judge_grids=[numbers] if numbers else [],
-        findings=findings,
-        judge_plots=embedded(run.folder / "judge_report.png", caption),
-        selection=[grid for grid in [selection(run)] if grid],
-        cost=[grid for grid in [cost(run)] if grid],
-        configuration=(run.folder / "run_config.yaml").read_text(encoding="utf-8"),
-        versions=versions(),
-        code=code_of_stages(run),
-    )
+    return {
+        "run": config.run,
+        "seed": config.seed,
+        "model": f"{config.model.family}, {config.model.checkpoint}",
+        "missing": run.missing(),
+        "tables": tables(run, rows),
+        "plots": interval_plots(run, rows),
+        "curves": curves + training_losses(run),
+        "judge_grids": [numbers] if numbers else [],
+        "findings": findings,
+        "judge_plots": embedded(run.folder / "judge_report.png", caption),
+        "selection": [grid for grid in [selection(run)] if grid],
+        "cost": [grid for grid in [cost(run)] if grid],
+        "configuration": (run.folder / "run_config.yaml").read_text(encoding="utf-8"),
+        "versions": versions(),
+        "code": code_of_stages(run),
+    }
+
+
+def page_of(facts: Row, alone: bool) -> str:
+    """Return the report as a page. alone: a single file without links to other pages."""
+    return page("report.html", name="report", title="Report", alone=alone, **facts)

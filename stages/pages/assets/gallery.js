@@ -173,11 +173,13 @@ const selfgap = (() => {
 
   // Prompts
 
-  function picture(prompt, place, size) {
+  // large: as a picture of its own; otherwise within a card, which holds the thumbnails once, and a button that is described
+  function picture(prompt, place, large) {
     const { columns, rows, pixels } = prompt.thumbnails;
     const share = (at, count) => (count > 1 ? (100 * at) / (count - 1) : 0);
-    const made = element("span", { class: pixels ? "picture pixels" : "picture" });
-    made.style.backgroundImage = size ? `url("${prompt.thumbnails.data}")` : "var(--thumbnails)";
+    const spoken = large ? { role: "img", "aria-label": `image ${prompt.images[place].id}` } : {};
+    const made = element("span", { class: pixels ? "picture pixels" : "picture", ...spoken });
+    made.style.backgroundImage = large ? `url("${prompt.thumbnails.data}")` : "var(--thumbnails)";
     made.style.backgroundSize = `${100 * columns}% ${100 * rows}%`;
     made.style.backgroundPosition = `${share(place % columns, columns)}% ${share(Math.floor(place / columns), rows)}%`;
     return made;
