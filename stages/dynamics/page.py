@@ -4,8 +4,8 @@
     python -m stages.dynamics.page --dynamics results/dynamics-100/dynamics results/dynamics-101/dynamics \\
         --facts "make dynamics, seeds 100 and 101" --out docs/dynamics.md --csv docs/dynamics.csv
 
-Beside the page there are <name>-steps.png, <name>-path.png and <name>-terms.png, drawn from the first run. If the page exists and
-has the lines BEGIN and END, only what is between them is replaced, so that text around the tables stays.
+Beside the page there are <name>-steps.png, <name>-path.png and <name>-terms.png, drawn from the first run. If the page exists
+and has the lines BEGIN and END, only what is between them is replaced, so that text around the tables stays.
 
 A value is the mean over runs. With one run its interval is that of the run; with two it reaches from the lowest end of both to
 the highest; with three or more it is Student's t over the runs, which are then the sample.
@@ -150,7 +150,7 @@ def steps_picture(folder: Path) -> Any:
             .apply(lambda at: np.linalg.norm(at.measured - at.predicted), include_groups=False)
         )
         axes[0, column].loglog(sizes, errors.min() * (sizes / sizes[0]) ** 2, "k:", linewidth=1, label="square of the size")
-        axes[0, column].set(title=QUANTITIES[quantity], xlabel="size of the step", ylabel="length of measured − predicted")
+        axes[0, column].set(title=QUANTITIES[quantity], xlabel="size of the step", ylabel="length of measured - predicted")
         diagonal(axes[1, column])
         axes[1, column].set(xlabel="predicted, size 1", ylabel="measured")
     axes[0, 0].legend(fontsize=7)
