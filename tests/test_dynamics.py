@@ -26,7 +26,7 @@ CODES = 8
 
 @pytest.fixture(scope="module")
 def small():
-    """A Janus of 3,400 trainable parameters that draws 16 tokens of 8 codes, in float64, with its parameters."""
+    """A Janus of 6,700 trainable parameters that draws 16 tokens of 8 codes, in float64, with its parameters."""
     from transformers import JanusForConditionalGeneration
 
     from stages.families.janus.family import Janus

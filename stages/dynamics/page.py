@@ -165,7 +165,7 @@ def diagonal(axis: Any) -> None:
 def path_picture(folder: Path, rows: Sequence[Row]) -> Any:
     """Return measured against summed changes at the end of training, and the gain of Gen. by category, for every arm."""
     files = sorted((folder / "path").glob("*.parquet"))
-    made, axes = figure(len(files), len(QUANTITIES) + 1)
+    made, axes = figure(max(1, len(files)), len(QUANTITIES) + 1)
     for line, path in enumerate(files):
         table = manifests.read(path, "dynamics_path").to_pandas()
         end = table[table.epoch == table.epoch.max()]
@@ -182,8 +182,9 @@ def path_picture(folder: Path, rows: Sequence[Row]) -> Any:
             axis.bar(np.arange(len(groups)) + 0.27 * (place - 1), [mine.get(g, np.nan) for g in groups], 0.27, label=measure)
         axis.set_xticks(range(len(groups)), groups, rotation=60, fontsize=7)
         axis.set(title=f"{path.stem}: gain of Gen., points")
-    axes[0, 0].legend(fontsize=7)
-    axes[0, -1].legend(fontsize=7)
+    if files:
+        axes[0, 0].legend(fontsize=7)
+        axes[0, -1].legend(fontsize=7)
     return made
 
 
