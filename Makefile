@@ -4,7 +4,7 @@ CORES ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup run test test-all test-slurm test-lmms lmms-env serve-env cluster lint format study tune ablations tiny-model
+.PHONY: setup run test test-all test-slurm test-lmms lmms-env serve-env cluster lint format study tune ablations dynamics tiny-model
 
 setup: $(STAMP)
 
@@ -116,6 +116,21 @@ ablations: setup
 	$(BIN)/python -m stages.tools.study --runs $(call runs_of,ablations-second) --out docs/ablations-second-round.csv
 	$(BIN)/python -m stages.tools.study --runs $(call runs_of,ablations-guided) --out docs/ablations-guided.csv
 	cp results/ablations-curves-$(firstword $(VALIDATION_SEEDS))/learning_curves.png docs/learning_curves.png
+
+# Learning dynamics on the tiny model with validation prompts, for several seeds; writes docs/dynamics.csv, the pictures and the
+# tables in docs/dynamics.md (the text around them stays). A run that is finished is only checked. For a smaller one:
+# make dynamics DYNAMICS_SEEDS=200 DYNAMICS='dynamics={probes: 24, images: 96, segments: 1}'
+DYNAMICS_SEEDS ?= 200 201 202
+DYNAMICS ?=
+MACHINE = $(shell nproc --all) cores of $(shell sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1)
+dynamics: setup
+	@for seed in $(DYNAMICS_SEEDS); do \
+		PATH="$(CURDIR)/$(BIN):$$PATH" snakemake dynamics --cores $(CORES) --configfile config.yaml \
+			--config run=dynamics-$$seed seed=$$seed $(DYNAMICS) || exit 1; \
+	done
+	$(BIN)/python -m stages.dynamics.page --dynamics $(DYNAMICS_SEEDS:%=results/dynamics-%/dynamics) \
+		--facts "make dynamics, seeds $(DYNAMICS_SEEDS), $(or $(DYNAMICS),settings of config.yaml), models/tiny-janus, $(MACHINE)" \
+		--out docs/dynamics.md --csv docs/dynamics.csv
 
 # Trains a tiny model from nothing: the image tokenizer, the vision encoder, then the language model. It takes the place of
 # models/tiny-janus, unless MODEL names another folder.

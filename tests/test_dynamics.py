@@ -1,5 +1,7 @@
 """Learning dynamics: terms against an explicit Jacobian and finite differences, and the commands on a small run."""
 
+import re
+import shutil
 import weakref
 
 import numpy as np
@@ -16,7 +18,7 @@ from stages.dynamics.precision import double
 from stages.dynamics.terms import Terms, blocks
 from stages.families import describe
 from stages.families.base import Pictures
-from tests.helpers import TINY, done, process_of, wait_until, write_config
+from tests.helpers import TINY, done, process_of, refused, stage, trained, wait_until, write_config
 
 PROMPTS = ["a red circle", "a blue circle", "two squares", "a red square above a blue cross"]
 CODES = 8
@@ -24,7 +26,7 @@ CODES = 8
 
 @pytest.fixture(scope="module")
 def small():
-    """A Janus of 3,400 trainable parameters that draws 16 tokens of 8 codes, in float64, with its parameters."""
+    """A Janus of 6,700 trainable parameters that draws 16 tokens of 8 codes, in float64, with its parameters."""
     from transformers import JanusForConditionalGeneration
 
     from stages.families.janus.family import Janus
@@ -152,7 +154,16 @@ def test_gradients_are_finite_differences(small, name):
 
 # --- the commands ------------------------------------------------------------------------------------------------------
 
-DYNAMICS = {"images": 12, "probes": 5, "alternatives": 2, "rows": 6, "step_probes": 2, "logit_probes": 2, "logit_draws": 2}
+DYNAMICS = {
+    "images": 12,
+    "probes": 5,
+    "alternatives": 2,
+    "rows": 6,
+    "step_probes": 2,
+    "step_sizes": [0.04, 0.02, 0.01],
+    "logit_probes": 2,
+    "logit_draws": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -254,3 +265,117 @@ def test_memory_does_not_grow_with_the_number_of_probes(small):
         sizes.add(terms.vectors.nbytes)
     assert max(sizes) <= 10**6
     assert len(alive) == len(held) * len(probes)
+
+
+# --- whole commands: steps, followed training, proxies, claims, page -----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def examined(chosen, small_inputs, tmp_path_factory):
+    """The folder of a run's dynamics with everything that claims are made of; one arm was trained by the trainer itself."""
+    folder, common = tmp_path_factory.mktemp("examined") / "dynamics", chosen[1]
+    config, images = common[:2], common[-2:]
+    for name in ("probes.parquet", "rows.parquet"):
+        folder.mkdir(exist_ok=True)
+        shutil.copy(chosen[0] / name, folder / name)
+    done("dynamics.terms", *common, "--checkpoint", TINY, "--out", folder / "base/terms/0000.parquet",
+         "--values", folder / "base/values/0000.parquet")  # fmt: skip
+    done("dynamics.steps", *common, "--checkpoint", TINY, "--out", folder / "steps.parquet")
+    probed = (*config, "--probes", folder / "probes.parquet", *images, "--checkpoint", TINY)
+    done("dynamics.logits", *probed, "--out", folder / "logits.parquet")
+    prompts = ("--prompts", small_inputs / "prompts.parquet")
+    done("dynamics.embed", *config, *prompts, *images, "--checkpoint", TINY, "--out", folder / "embeddings/0000.parquet")
+    done("dynamics.sketch", *common, "--checkpoint", TINY, "--out", folder / "sketches/0000.parquet")
+    schedule = folder.parent / "schedule.parquet"
+    done("schedule", *config, "--arm", "sft", "--epochs", 1, "--pairs", chosen[0] / "sft.parquet", "--out", schedule)
+    training = (*config, "--arm", "sft", *prompts, *images, "--schedule", schedule)
+    trained(training, folder.parent)
+    done("dynamics.follow", *training, "--probes", folder / "probes.parquet", "--checkpoint", TINY,
+         "--trained", folder.parent / "checkpoint", "--out", folder / "path/sft.parquet")  # fmt: skip
+    done("dynamics.claims", *config, "--dynamics", folder, "--scores", small_inputs / "scores.parquet",
+         "--verdicts", chosen[0] / "verdicts.parquet", "--scores-of-base", "sft", small_inputs / "scores.parquet",
+         "--pairs", "sft", chosen[0] / "sft.parquet", "--out", folder / "claims.parquet")  # fmt: skip
+    return folder
+
+
+def test_the_error_of_a_step_falls_as_its_square(examined):
+    claims = pandas.read_parquet(examined / "claims.parquet")
+    steps = claims[claims.claim == "step"]
+    orders = steps[steps.measure == "order"].set_index("group").value
+    assert set(orders.index) == {f"{o}, {k}, {q}" for o in ("dpo", "sft") for k in ("adamw", "sgd") for q in "guj"}
+    assert orders.between(1.9, 2.1).all(), orders
+    small = steps[(steps.measure == "slope") & steps.group.str.endswith("size 0.01")]
+    assert (small.value - 1).abs().max() < 1e-3
+
+
+def test_a_followed_training_is_the_trainers(examined):
+    facts = manifests.facts(examined / "path/sft.parquet")["settings"]
+    assert facts["distance"] < 1e-3
+    path = pandas.read_parquet(examined / "path/sft.parquet")
+    assert path.groupby("quantity").size().to_dict() == {"g": 12, "u": 5, "j": 5}
+    summed, base = ((path[name] - path.measured).abs().sum() for name in ("summed", "from_base"))
+    assert summed < base  # terms that are taken again on the way are nearer to the truth
+    assert np.corrcoef(path.summed, path.measured)[0, 1] > 0.9
+
+
+def test_sketches_give_nearly_the_exact_terms(examined):
+    claims = pandas.read_parquet(examined / "claims.parquet")
+    found = claims[(claims.claim == "sketch") & (claims.measure == "correlation")]
+    assert len(found) == 2
+    assert found.value.min() > 0.9
+
+
+def test_the_page_has_all_claims_and_keeps_what_stands_around_them(examined, tmp_path):
+    out = tmp_path / "page.md"
+    done("dynamics.page", "--dynamics", examined, "--out", out, "--csv", tmp_path / "page.csv")
+    for name in ("steps", "path", "terms"):
+        assert (tmp_path / f"page-{name}.png").stat().st_size > 10_000
+    text = out.read_text()
+    claims = set(pandas.read_parquet(examined / "claims.parquet").claim)
+    assert claims >= {"step", "path", "gain", "judging", "signs", "category", "judges", "rows", "corrections", "proxies",
+                      "kernel", "density", "sketch"}  # fmt: skip
+    assert all(f"| {claim} |" in text for claim in claims - {"pair"})
+    out.write_text(text.replace("# Learning dynamics", "# Mine\n\nMy own words."))
+    done("dynamics.page", "--dynamics", examined, examined, "--facts", "two runs", "--out", out)
+    assert out.read_text().startswith("# Mine\n\nMy own words.")
+    assert out.read_text().count("### One step") == 1
+    assert "two runs" in out.read_text()
+
+
+def test_the_cost_of_sketches_is_said_beforehand(chosen, tmp_path):
+    result = done("dynamics.sketch", *chosen[1], "--checkpoint", TINY, "--cost", "--out", tmp_path / "sketch.parquet")
+    assert re.search(r"\d+ gradients of \d+ images, at most .* floating-point operations; 853,120 parameters", result.stdout)
+    assert not (tmp_path / "sketch.parquet").exists()
+
+
+def test_an_estimated_likelihood_has_the_terms_of_its_fixed_draws(tmp_path):
+    """The toy family is a flow: its likelihood is an estimate that depends on a time and noise drawn from a seed."""
+    from stages.families.toy.family import Toy, write_checkpoint
+
+    toy = Toy.load(write_checkpoint(tmp_path))
+    view = toy.training_view()
+    model = likelihood.Model(toy, describe("toy"), view, Score())
+    parameters = gradients.chosen_parameters(view.model, view.groups["llm"])
+    assert list(parameters.subsets) == ["first", "last"]
+    pixels = [Pictures(images=np.random.default_rng(n).integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)) for n in (0, 1)]
+
+    def value(seed: int = 5) -> torch.Tensor:
+        return likelihood.under_prompts(model, ["a cat"], pixels[0], seed)[0]
+
+    row = gradients.gradient(-likelihood.sft_losses(model, ["a dog"], pixels[1], np.array([7]))[0], parameters)
+    term = float(gradients.gradient(value(), parameters) @ row)
+    assert float(gradients.directional(view.model, parameters, value, row)[1]) == pytest.approx(term, rel=1e-9)
+    assert float(gradients.gradient(value(6), parameters) @ row) != pytest.approx(term, rel=1e-3)
+    errors = []
+    for rate in (1e-2, 5e-3):
+        before = value().item()
+        errors.append(abs(shifted(model, parameters, value, row, rate) - before - rate * term))
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
+    assert errors[0] < 0.1 * abs(1e-2 * term)
+
+
+def test_a_subset_that_the_model_does_not_have_is_refused(chosen, tmp_path):
+    text = (chosen[0] / "config.yaml").read_text().replace("images: 12", "images: 12\n  parameters: [layers.9]")
+    (tmp_path / "config.yaml").write_text(text)
+    arguments = ["--config", tmp_path / "config.yaml", *terms_command(chosen, tmp_path)[2:]]
+    refused(stage("dynamics.terms", *arguments), "dynamics.parameters", "layers.9", "layers.3")

@@ -72,6 +72,7 @@ def test_the_page_on_evaluation_lists_every_suite_and_judge():
 LIGHT = (
     *("prompts", "pairs", "controls", "schedule", "replay"),
     *("evaluate", "report", "tables", "judge_report", "count_answers", "learning_curves"),
+    *("dynamics.select", "dynamics.claims", "dynamics.page"),
 )
 
 
@@ -80,7 +81,10 @@ LIGHT = (
     [(name, ("torch", "transformers", "trl", "pandas")) for name in LIGHT]
     + [
         (name, ("torch", "transformers", "trl"))
-        for name in ("generate", "score", "train", "reference", "contact_sheet", "understand")
+        for name in (
+            *("generate", "score", "train", "reference", "contact_sheet", "understand"),
+            *(f"dynamics.{name}" for name in ("terms", "steps", "follow", "logits", "embed", "sketch")),
+        )
     ],
 )
 def test_help_and_light_stages_do_not_import_the_heavy_packages(stage, modules):

@@ -4,8 +4,8 @@
     python -m stages.dynamics.page --dynamics results/dynamics-100/dynamics results/dynamics-101/dynamics \\
         --facts "make dynamics, seeds 100 and 101" --out docs/dynamics.md --csv docs/dynamics.csv
 
-Beside the page there are <name>-steps.png, <name>-path.png and <name>-terms.png, drawn from the first run. If the page exists and
-has the lines BEGIN and END, only what is between them is replaced, so that text around the tables stays.
+Beside the page there are <name>-steps.png, <name>-path.png and <name>-terms.png, drawn from the first run. If the page exists
+and has the lines BEGIN and END, only what is between them is replaced, so that text around the tables stays.
 
 A value is the mean over runs. With one run its interval is that of the run; with two it reaches from the lowest end of both to
 the highest; with three or more it is Student's t over the runs, which are then the sample.
@@ -150,7 +150,7 @@ def steps_picture(folder: Path) -> Any:
             .apply(lambda at: np.linalg.norm(at.measured - at.predicted), include_groups=False)
         )
         axes[0, column].loglog(sizes, errors.min() * (sizes / sizes[0]) ** 2, "k:", linewidth=1, label="square of the size")
-        axes[0, column].set(title=QUANTITIES[quantity], xlabel="size of the step", ylabel="length of measured − predicted")
+        axes[0, column].set(title=QUANTITIES[quantity], xlabel="size of the step", ylabel="length of measured - predicted")
         diagonal(axes[1, column])
         axes[1, column].set(xlabel="predicted, size 1", ylabel="measured")
     axes[0, 0].legend(fontsize=7)
@@ -165,7 +165,7 @@ def diagonal(axis: Any) -> None:
 def path_picture(folder: Path, rows: Sequence[Row]) -> Any:
     """Return measured against summed changes at the end of training, and the gain of Gen. by category, for every arm."""
     files = sorted((folder / "path").glob("*.parquet"))
-    made, axes = figure(len(files), len(QUANTITIES) + 1)
+    made, axes = figure(max(1, len(files)), len(QUANTITIES) + 1)
     for line, path in enumerate(files):
         table = manifests.read(path, "dynamics_path").to_pandas()
         end = table[table.epoch == table.epoch.max()]
@@ -182,8 +182,9 @@ def path_picture(folder: Path, rows: Sequence[Row]) -> Any:
             axis.bar(np.arange(len(groups)) + 0.27 * (place - 1), [mine.get(g, np.nan) for g in groups], 0.27, label=measure)
         axis.set_xticks(range(len(groups)), groups, rotation=60, fontsize=7)
         axis.set(title=f"{path.stem}: gain of Gen., points")
-    axes[0, 0].legend(fontsize=7)
-    axes[0, -1].legend(fontsize=7)
+    if files:
+        axes[0, 0].legend(fontsize=7)
+        axes[0, -1].legend(fontsize=7)
     return made
 
 

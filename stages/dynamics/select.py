@@ -52,7 +52,10 @@ def choose_probes(candidates: list[Row], prompts: dict[str, Row], images: int, s
 
 
 def choose_rows(rows: list[Row], count: int, seed: int) -> list[Row]:
-    """Return training rows of one objective: up to a quarter wrong ones, up to a quarter replayed ones, and right ones."""
+    """Return training rows of one objective: up to a quarter wrong ones, up to a quarter replayed ones, and right ones.
+
+    They are in random order, so the first of them are a sample of all.
+    """
     rows = sorted(rows, key=lambda row: hash_seed("row", seed, row["row_id"]))
     wrong = [row for row in rows if row["right"] is False and not row["round"]][: count // 4]
     replayed = [row for row in rows if row["round"]][: count // 4]
@@ -61,7 +64,8 @@ def choose_rows(rows: list[Row], count: int, seed: int) -> list[Row]:
     for row in rows:
         if row["row_id"] not in taken and not row["round"] and row["right"] is not False:
             by_category[row["category"]].append(row)
-    return [*wrong, *replayed, *evenly([by_category[name] for name in sorted(by_category)], count - len(taken))]
+    right = evenly([by_category[name] for name in sorted(by_category)], count - len(taken))
+    return sorted([*wrong, *replayed, *right], key=lambda row: hash_seed("order", seed, row["row_id"]))
 
 
 def known_verdicts(paths: Sequence[Path]) -> dict[str, bool | None]:
