@@ -25,17 +25,20 @@ VQ = Geometry(
 )
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a word-level tokenizer with Show-o's special tokens, which adds none of them itself."""
+def text_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a word-level tokenizer, in the place of Phi's."""
     words = [TEXT_END, UNKNOWN, "user", "assistant", *(word for word in words_of_the_world() if not word.startswith("<"))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=TEXT_END, eos_token=TEXT_END, unk_token=UNKNOWN, padding_side="left"
-    )
-    add_special_tokens(fast)
-    return fast
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=TEXT_END, eos_token=TEXT_END, unk_token=UNKNOWN)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the word-level tokenizer with Show-o's special tokens."""
+    tokenizer = text_tokenizer()
+    add_special_tokens(tokenizer)
+    return tokenizer
 
 
 def make_config(

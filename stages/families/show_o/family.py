@@ -55,7 +55,6 @@ class ShowO:
                 f"the checkpoint's vocab_size is {config.text_config.vocab_size}, but its tokenizer, {2**vq.geometry.bits} "
                 f"image codes and the mask make {self.layout.vocabulary}; its tokenizer files are another model's"
             )
-        self.head = self._code_head()
         self.memory = Memory(self.device, sum(parameter.nbytes for parameter in model.parameters()))
         self.yes, self.no = (torch.tensor(single_tokens(tokenizer, words), device=self.device) for words in (YES, NO))
 
@@ -82,7 +81,7 @@ class ShowO:
         save_file({name: tensor.contiguous() for name, tensor in self.vq.state_dict().items()}, folder / PICTURES)
         (folder / TRAINING).write_text(json.dumps({"masks_per_row": self.masks_per_row}, indent=2) + "\n")
 
-    def _code_head(self) -> nn.Linear:
+    def code_head(self) -> nn.Linear:
         """Return the part of the output layer that belongs to the image codes, without copying its weights."""
         codes = slice(self.layout.offset, self.layout.mask)
         whole = self.model.llm.lm_head
@@ -102,7 +101,7 @@ class ShowO:
         ties; in bfloat16 on a GPU equal batches give equal candidates, and other batches may round a code differently."""
         layout = self.layout
         ids = [tuple(layout.drawing(prompt)) for prompt in prompts]
-        head = self._code_head()  # anew, because the weights may have been trained since
+        head = self.code_head()  # anew, because the weights may have been trained since
         rows = 2 if sampling.guidance_scale > 0 else 1
         tokens = max(map(len, ids)) + self.places + 2
         each = rows * (self._activation_bytes(tokens) + 12 * self.places * layout.codes) + 20 * self.places * layout.codes
