@@ -73,14 +73,20 @@ CAUTION = (
 class Images:
     """A model's images of a category, an array entry each.
 
-    prompt: the prompt_id. p_yes: NaN where unreadable. verdicts: of each judge 1 or 0, NaN where it has none; `own` is the
-    model's own. judge: the benchmark's external judge, if any.
+    candidate: the candidate_id. prompt: the prompt_id. p_yes: NaN where unreadable. verdicts: of each judge 1 or 0, NaN where
+    it has none; `own` is the model's own. judge: the benchmark's external judge, if any.
     """
 
+    candidate: np.ndarray
     prompt: np.ndarray
     p_yes: np.ndarray
     verdicts: dict[str, np.ndarray]
     judge: str | None
+
+    def only(self, chosen: np.ndarray) -> Images:
+        """Return the images for which `chosen` is true."""
+        verdicts = {name: values[chosen] for name, values in self.verdicts.items()}
+        return Images(self.candidate[chosen], self.prompt[chosen], self.p_yes[chosen], verdicts, self.judge)
 
     def right(self) -> np.ndarray:
         """Return the verdicts of the external judge, NaN where there are none."""
@@ -148,6 +154,7 @@ def read_images(
         said = {OWN: [row["verdict"] for row in chosen]}
         said |= {who: [external[who][row["candidate_id"]].matches for row in chosen] for who in judges}
         found[benchmark, name] = Images(
+            candidate=np.array([row["candidate_id"] for row in chosen], str),
             prompt=np.array([row["prompt_id"] for row in chosen], str),
             p_yes=np.array([row["p_yes"] for row in chosen], float),
             verdicts={who: np.array(values, float) for who, values in said.items()},

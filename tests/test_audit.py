@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import yaml
 
@@ -498,6 +499,36 @@ def test_any_configuration_can_be_audited_before_it_is_trained(tmp_path):
     assert jobs == once | {"prompts": "2", "generate": "2", "score": "2", "judge": "2", "total": "13"}
     assert "--config results/small/run_config.yaml" in text
     assert snakemake(tmp_path, "-n", "precision").returncode == 0
+
+
+def test_the_forecast_is_held_against_what_a_run_has_selected_and_gained(run, tmp_path):
+    _, folder, _ = run
+    results = folder / "results/small"
+    for shard in ("0000", "0001"):
+        done("judge", "--config", results / "run_config.yaml", "--judge", "shapes",
+             "--prompts", results / "prompts/train.parquet",
+             "--candidates", results / f"base/candidates/train/{shard}.parquet",
+             "--out", results / f"base/verdicts/shapes/train/{shard}.parquet")  # fmt: skip
+    table, plot = tmp_path / "forecast.csv", tmp_path / "forecast.png"
+    printed = done("tools.forecast_check", "--runs", results, "--out", table, "--plot", plot).stdout
+    frame = pandas.read_csv(table)
+    pairs, discard = (pandas.read_parquet(results / f"sft/{name}.parquet") for name in ("pairs", "discard"))
+    verdicts = pandas.concat(map(pandas.read_parquet, sorted((results / "base/verdicts/shapes/train").glob("*.parquet"))))
+    found = frame[(frame.arm == "sft") & (frame.images == "first")].set_index("quantity").found
+    assert found["rows"] == len(pairs)
+    assert found["pool"] == pytest.approx(100 * (discard.reason == "no_accepted").sum() / 18, abs=1e-3)
+    assert found["selected"] == pytest.approx(100 * pairs.prompt_id.nunique() / 18, abs=1e-3)
+    right = verdicts.set_index("candidate_id").verdict[pairs.chosen]
+    assert found["precision"] == pytest.approx(100 * right.mean(), abs=1e-3)
+    assert set(frame.arm) == {"sft", "dpo", "c-sft"}  # c-sft has the selection of sft, and a gain of its own
+    gain = frame[(frame.arm == "c-sft") & (frame.quantity == "gain") & (frame.category == "overall")].iloc[0]
+    summary = pandas.read_csv(results / "summary.csv").set_index(["arm", "category"])
+    assert gain.found == pytest.approx(summary.loc[("c-sft", "overall"), "gen_delta"], abs=2e-3)
+    assert gain.error == pytest.approx(gain.forecast - gain.found, abs=2e-3)
+    assert bool(gain.inside) == (gain.ci_low <= gain.found <= gain.ci_high)
+    assert "gain, from all images: mean error" in printed
+    assert "correlates with Non. before training at" in printed
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
