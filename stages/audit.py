@@ -395,7 +395,7 @@ def words(config: Config, line: forecast.Line, rows: Sequence[Row], forecasts: S
     if weak_generation and weak_generation["value"] is not None:
         said.append(
             f"Of these refusals {ranged(weak_generation, unit=' %')} are weak drawing, because the external judge refuses the "
-            "image too; the others are errors of its own judge."
+            "image too; about the others the two judges disagree."
         )
     if not found.known:
         said.append("How good its own judge is cannot be said: no subtask has enough images that an external judge has judged.")
@@ -416,7 +416,8 @@ def words(config: Config, line: forecast.Line, rows: Sequence[Row], forecasts: S
         said.append(
             f"{name}: {settings.prompts:,} training prompts would give {ranged(part['rows'], 0)} rows, of which "
             f"{ranged(part['precision'], unit=' %')} right; {ranged(part['pool'], unit=' %')} of the prompts would wait in the "
-            f"discard pool. Drawing, judging and training would take about {hours_text(part['gpu_hours'])} of one GPU."
+            f"discard pool. Drawing, judging and training would take one GPU, or the CPU where there is none, about "
+            f"{hours_text(part['gpu_hours'])}."
         )
     gain = next((row for row in forecasts if row["quantity"] == "gain"), None)
     said.append(

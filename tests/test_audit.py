@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pandas
 import pytest
 import yaml
+from stages.families.toy.family import write_checkpoint
 
 from stages.audit import decide, strata_of
 from stages.common import manifests
@@ -20,8 +22,22 @@ from stages.suites import open_suite
 from stages.tools import forecast
 from stages.tools.agreement import agree, kappa
 from stages.tools.forecast import Line, Plan, Value
-from tests.helpers import ROOT, SMALL, TINY, completed, done, environment, merged, refused, snakemake, stage, write_config
+from tests.helpers import (
+    ROOT,
+    SMALL,
+    TINY,
+    completed,
+    copy_of_the_project,
+    done,
+    environment,
+    merged,
+    refused,
+    snakemake,
+    stage,
+    write_config,
+)
 from tests.test_science import APPLE, LAPTOP, write_benchmark
+from tests.test_toy_workflow import register
 from tests.tiny_vlm import write_tiny_vlm
 
 PAPER = ROOT / "stages/paper/results.csv"
@@ -529,6 +545,44 @@ def test_the_forecast_is_held_against_what_a_run_has_selected_and_gained(run, tm
     assert "gain, from all images: mean error" in printed
     assert "correlates with Non. before training at" in printed
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_models_of_two_families_stand_side_by_side_without_an_external_judge(tmp_path):
+    (tmp_path / "source").mkdir()
+    source = copy_of_the_project(tmp_path / "source")
+    shutil.copytree(ROOT / "tests/families/toy", source / "stages/families/toy")
+    register(source, "families", '"toy": "stages.families.toy:TOY",')
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    (tmp_path / "animals.txt").write_text("".join(f"a {word}\n" for word in ("cat", "dog", "bird", "horse")))
+    fields = {
+        "run": "two",
+        "audit": {
+            "models": {
+                "autoregressive": {"checkpoint": str(TINY), "score": {"question": "does this image show {prompt} ?"}},
+                "flow": {"family": "toy", "checkpoint": str(checkpoint), "sampling": {"steps": 3}},
+            }
+        },
+        "benchmarks": {
+            "animals": {"prompts": {"source": "text", "files": [str(tmp_path / "animals.txt")]}, "images_per_prompt": 2}
+        },
+        "generate": {"shards": 1},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(fields))
+    completed(tmp_path, "--cores", 1, source=source)
+    results = tmp_path / "results/two"
+    sizes = {
+        m: pandas.read_parquet(results / m / "candidates/animals/0000.parquet").width[0] for m in fields["audit"]["models"]
+    }
+    assert sizes["autoregressive"] != sizes["flow"]
+    rows = manifests.read_rows(results / "audit/audit.parquet", "audit")
+    gaps = {row["model"]: row["n"] for row in rows if row["measure"] == "non" and row["category"] == "animals"}
+    assert gaps == {"autoregressive": 8, "flow": 8}
+    assert {row["stratum"] for row in rows} == {"animals", None}
+    text = (results / "audit/verdict.md").read_text()
+    assert text.count("How good its own judge is cannot be said") == 2
+    assert not (results / "audit/judge_report.parquet").exists()
+    assert not (results / "audit/agreement.md").exists()
 
 
 @pytest.mark.slow
