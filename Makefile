@@ -4,7 +4,7 @@ CORES ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup run test test-all test-slurm test-lmms lmms-env serve-env cluster lint format study tune ablations dynamics tiny-model
+.PHONY: setup run audit test test-all test-slurm test-lmms lmms-env serve-env cluster lint format study tune ablations dynamics tiny-model
 
 setup: $(STAMP)
 
@@ -17,6 +17,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 run: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES)
+
+# Is a training worth it? Three models of the shapes world, none of them trained (docs/audit.md).
+audit: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake audit --cores $(CORES) --configfile configs/tiny-audit.yaml
 
 # The tier of every change: under ten minutes on two idle cores.
 test: setup lint

@@ -73,14 +73,20 @@ CAUTION = (
 class Images:
     """A model's images of a category, an array entry each.
 
-    prompt: the prompt_id. p_yes: NaN where unreadable. verdicts: of each judge 1 or 0, NaN where it has none; `own` is the
-    model's own. judge: the benchmark's external judge, if any.
+    candidate: the candidate_id. prompt: the prompt_id. p_yes: NaN where unreadable. verdicts: of each judge 1 or 0, NaN where
+    it has none; `own` is the model's own. judge: the benchmark's external judge, if any.
     """
 
+    candidate: np.ndarray
     prompt: np.ndarray
     p_yes: np.ndarray
     verdicts: dict[str, np.ndarray]
     judge: str | None
+
+    def only(self, chosen: np.ndarray) -> Images:
+        """Return the images for which `chosen` is true."""
+        verdicts = {name: values[chosen] for name, values in self.verdicts.items()}
+        return Images(self.candidate[chosen], self.prompt[chosen], self.p_yes[chosen], verdicts, self.judge)
 
     def right(self) -> np.ndarray:
         """Return the verdicts of the external judge, NaN where there are none."""
@@ -148,6 +154,7 @@ def read_images(
         said = {OWN: [row["verdict"] for row in chosen]}
         said |= {who: [external[who][row["candidate_id"]].matches for row in chosen] for who in judges}
         found[benchmark, name] = Images(
+            candidate=np.array([row["candidate_id"] for row in chosen], str),
             prompt=np.array([row["prompt_id"] for row in chosen], str),
             p_yes=np.array([row["p_yes"] for row in chosen], float),
             verdicts={who: np.array(values, float) for who, values in said.items()},
@@ -388,7 +395,7 @@ def words(config: Config, line: forecast.Line, rows: Sequence[Row], forecasts: S
     if weak_generation and weak_generation["value"] is not None:
         said.append(
             f"Of these refusals {ranged(weak_generation, unit=' %')} are weak drawing, because the external judge refuses the "
-            "image too; the others are errors of its own judge."
+            "image too; about the others the two judges disagree."
         )
     if not found.known:
         said.append("How good its own judge is cannot be said: no subtask has enough images that an external judge has judged.")
@@ -409,7 +416,8 @@ def words(config: Config, line: forecast.Line, rows: Sequence[Row], forecasts: S
         said.append(
             f"{name}: {settings.prompts:,} training prompts would give {ranged(part['rows'], 0)} rows, of which "
             f"{ranged(part['precision'], unit=' %')} right; {ranged(part['pool'], unit=' %')} of the prompts would wait in the "
-            f"discard pool. Drawing, judging and training would take about {hours_text(part['gpu_hours'])} of one GPU."
+            f"discard pool. Drawing, judging and training would take one GPU, or the CPU where there is none, about "
+            f"{hours_text(part['gpu_hours'])}."
         )
     gain = next((row for row in forecasts if row["quantity"] == "gain"), None)
     said.append(

@@ -3,12 +3,15 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import yaml
+from stages.families.toy.family import write_checkpoint
 
 from stages.audit import decide, strata_of
 from stages.common import manifests
@@ -19,8 +22,22 @@ from stages.suites import open_suite
 from stages.tools import forecast
 from stages.tools.forecast import Line, Plan, Value
 from stages.tools.kappa import agree, kappa
-from tests.helpers import ROOT, SMALL, TINY, completed, done, environment, merged, refused, snakemake, stage, write_config
+from tests.helpers import (
+    ROOT,
+    SMALL,
+    TINY,
+    completed,
+    copy_of_the_project,
+    done,
+    environment,
+    merged,
+    refused,
+    snakemake,
+    stage,
+    write_config,
+)
 from tests.test_science import APPLE, LAPTOP, write_benchmark
+from tests.test_toy_workflow import register
 from tests.tiny_vlm import write_tiny_vlm
 
 PAPER = ROOT / "stages/paper/results.csv"
@@ -498,6 +515,74 @@ def test_any_configuration_can_be_audited_before_it_is_trained(tmp_path):
     assert jobs == once | {"prompts": "2", "generate": "2", "score": "2", "judge": "2", "total": "13"}
     assert "--config results/small/run_config.yaml" in text
     assert snakemake(tmp_path, "-n", "precision").returncode == 0
+
+
+def test_the_forecast_is_held_against_what_a_run_has_selected_and_gained(run, tmp_path):
+    _, folder, _ = run
+    results = folder / "results/small"
+    for shard in ("0000", "0001"):
+        done("judge", "--config", results / "run_config.yaml", "--judge", "shapes",
+             "--prompts", results / "prompts/train.parquet",
+             "--candidates", results / f"base/candidates/train/{shard}.parquet",
+             "--out", results / f"base/verdicts/shapes/train/{shard}.parquet")  # fmt: skip
+    table, plot = tmp_path / "forecast.csv", tmp_path / "forecast.png"
+    printed = done("tools.forecast_check", "--runs", results, "--out", table, "--plot", plot).stdout
+    frame = pandas.read_csv(table)
+    pairs, discard = (pandas.read_parquet(results / f"sft/{name}.parquet") for name in ("pairs", "discard"))
+    verdicts = pandas.concat(map(pandas.read_parquet, sorted((results / "base/verdicts/shapes/train").glob("*.parquet"))))
+    found = frame[(frame.arm == "sft") & (frame.images == "first")].set_index("quantity").found
+    assert found["rows"] == len(pairs)
+    assert found["pool"] == pytest.approx(100 * (discard.reason == "no_accepted").sum() / 18, abs=1e-3)
+    assert found["selected"] == pytest.approx(100 * pairs.prompt_id.nunique() / 18, abs=1e-3)
+    right = verdicts.set_index("candidate_id").verdict[pairs.chosen]
+    assert found["precision"] == pytest.approx(100 * right.mean(), abs=1e-3)
+    assert set(frame.arm) == {"sft", "dpo", "c-sft"}  # c-sft has the selection of sft, and a gain of its own
+    gain = frame[(frame.arm == "c-sft") & (frame.quantity == "gain") & (frame.category == "overall")].iloc[0]
+    summary = pandas.read_csv(results / "summary.csv").set_index(["arm", "category"])
+    assert gain.found == pytest.approx(summary.loc[("c-sft", "overall"), "gen_delta"], abs=2e-3)
+    assert gain.error == pytest.approx(gain.forecast - gain.found, abs=2e-3)
+    assert bool(gain.inside) == (gain.ci_low <= gain.found <= gain.ci_high)
+    assert "gain, from all images: mean error" in printed
+    assert "correlates with Non. before training at" in printed
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_models_of_two_families_stand_side_by_side_without_an_external_judge(tmp_path):
+    (tmp_path / "source").mkdir()
+    source = copy_of_the_project(tmp_path / "source")
+    shutil.copytree(ROOT / "tests/families/toy", source / "stages/families/toy")
+    register(source, "families", '"toy": "stages.families.toy:TOY",')
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    (tmp_path / "animals.txt").write_text("".join(f"a {word}\n" for word in ("cat", "dog", "bird", "horse")))
+    fields = {
+        "run": "two",
+        "audit": {
+            "models": {
+                "autoregressive": {"checkpoint": str(TINY), "score": {"question": "does this image show {prompt} ?"}},
+                "flow": {"family": "toy", "checkpoint": str(checkpoint), "sampling": {"steps": 3}},
+            }
+        },
+        "benchmarks": {
+            "animals": {"prompts": {"source": "text", "files": [str(tmp_path / "animals.txt")]}, "images_per_prompt": 2}
+        },
+        "generate": {"shards": 1},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(fields))
+    completed(tmp_path, "--cores", 1, source=source)
+    results = tmp_path / "results/two"
+    sizes = {
+        m: pandas.read_parquet(results / m / "candidates/animals/0000.parquet").width[0] for m in fields["audit"]["models"]
+    }
+    assert sizes["autoregressive"] != sizes["flow"]
+    rows = manifests.read_rows(results / "audit/audit.parquet", "audit")
+    gaps = {row["model"]: row["n"] for row in rows if row["measure"] == "non" and row["category"] == "animals"}
+    assert gaps == {"autoregressive": 8, "flow": 8}
+    assert {row["stratum"] for row in rows} == {"animals", None}
+    text = (results / "audit/verdict.md").read_text()
+    assert text.count("How good its own judge is cannot be said") == 2
+    assert not (results / "audit/judge_report.parquet").exists()
+    assert not (results / "audit/agreement.md").exists()
 
 
 @pytest.mark.slow

@@ -3,46 +3,6 @@
 The images, scores, verdicts and metrics of the models are made by the same rules as those of base, baselines and arms.
 """
 
-AUDIT = f"{RUN}/audit"
-TO_AUDIT = settings.to_audit()  # base and the baselines, unless the section audit names models
-
-
-def audit_judges(benchmark):
-    """Return the judges of a benchmark whose verdicts the audit reads: the external judge, and those of audit.judges."""
-    judge = settings.benchmarks[benchmark].judge
-    return list(dict.fromkeys([*([judge] if judge else []), *settings.audit.judges]))
-
-
-def audited_folders(kind):
-    """Return the benchmark, the model and the folder of all scores, or of all verdicts, that the audit reads."""
-    return [
-        (name, model, folder)
-        for name in BENCHMARKS
-        for model in TO_AUDIT
-        for folder in (["scores"] if kind == "scores" else [f"verdicts/{judge}" for judge in audit_judges(name)])
-    ]
-
-
-def audited_files(kind):
-    return [path for name, model, folder in audited_folders(kind) for path in shard_files(model, folder, name)]
-
-
-def audited_arguments(kind, folders):
-    """Return the arguments that give a stage these files. The shards are written as {0000..0199}, as in the judge report."""
-    shards = f"{{{SHARDS[0]}..{SHARDS[-1]}}}.parquet"
-    return [f"--{kind} {name} {model} {RUN}/{model}/{folder}/{name}/{shards}" for name, model, folder in folders]
-
-
-def audit_files():
-    """Return everything that an audit writes."""
-    compared = any(audit_judges(name) for name in BENCHMARKS)
-    tables = ["non", "judge", "forecast", *(["agreement"] if compared else [])]
-    of_judges = [f"{AUDIT}/judge_report.parquet", f"{AUDIT}/judge_report.png"] if JUDGED else []
-    return [*of_judges, *AUDIT_FILES, *expand(f"{AUDIT}/{{name}}.{{ending}}", name=tables, ending=["csv", "md", "tex"])]
-
-
-AUDIT_FILES = [f"{AUDIT}/{name}" for name in ("audit.parquet", "forecast.parquet", "verdict.md", "audit.png")]
-
 if BENCHMARKS:
 
     rule audit_report:
