@@ -71,9 +71,9 @@ format: setup
 
 # The default arms and their controls on the test prompts, for several pretrained models and seeds; writes study.csv,
 # study-runs.csv, contrasts.csv and study.png in docs/. Every run has its own seed: 0 and 1 for the first model, 10 and 11 for
-# the second. A run that is finished is only checked, so the command continues where it was stopped. The models are made first:
-# for seed in 0 1 2; do make tiny-model SEED=$seed MODEL=results/pretraining/seed-$seed/model; done
-MODELS ?= $(foreach seed,0 1 2,results/pretraining/seed-$(seed)/model)
+# the second. A run that is finished is only checked, so the command continues where it was stopped. Further models are made by
+# make tiny-model SEED=2 MODEL=models/tiny-janus-2
+MODELS ?= models/tiny-janus models/tiny-janus-1
 SEEDS ?= 0 1
 study: setup
 	@place=0; started=$$(date +%s); runs=; \
