@@ -238,6 +238,7 @@ def test_strata_are_the_settings_or_the_benchmarks_difficulties_or_the_benchmark
 
 FIELDS = {
     "run": "known",
+    "evaluate": {"bootstrap": 200},
     "benchmarks": {
         name: {"prompts": {"source": "text", "files": ["x.txt"]}, "images_per_prompt": 1, "judge": "external"}
         for name in ("geneval", "others")

@@ -10,9 +10,10 @@ precision              share of right images among the rows, if the external jud
                        (`snakemake precision`); the benchmarks' external judge must be one
 gain                   of Gen. on the benchmark, overall and in each category, for which the line takes that category's Non.
 
-The forecast takes the categories in the proportions of the training prompts. `error` is forecast minus found, in the unit of
-the quantity, and `relative` the same in percent of what was found. `inside` says whether the interval contains it. What was
-found of gain is itself measured with an error (`found_ci_low`, `found_ci_high`).
+An arm that has not been trained or evaluated has no gain. The forecast takes the categories in the proportions of the training
+prompts. `error` is forecast minus found, in the unit of the quantity, and `relative` the same in percent of what was found.
+`inside` says whether the interval contains it. What was found of gain is itself measured with an error (`found_ci_low`,
+`found_ci_high`).
 """
 
 from __future__ import annotations
@@ -111,21 +112,26 @@ def of_selections(run: Path, config: Config) -> Iterable[Row]:
                 yield compared(where, quantity, expected[quantity], found)
 
 
+def metric_rows(run: Path, node: str, benchmark: str) -> list[Row]:
+    """Return the metrics of a checkpoint on a benchmark; none if it has not been evaluated."""
+    path = run / node / "metrics" / f"{benchmark}.parquet"
+    return manifests.read_rows(path, "metrics") if path.is_file() else []
+
+
 def of_gains(run: Path, config: Config, line: Line) -> Iterable[Row]:
     """Yield the comparison of the gain of every arm whose selection the model itself makes."""
     own = plans(config)
     for benchmark in config.benchmarks:
         gaps = {
             row["category"]: Value(row["value"], row["ci_low"], row["ci_high"])
-            for row in manifests.read_rows(run / "base/metrics" / f"{benchmark}.parquet", "metrics")
+            for row in metric_rows(run, "base", benchmark)
             if row["metric"] == "non"
         }
         for arm in config.arms:
-            path = run / arm / "metrics" / f"{benchmark}.parquet"
-            if selection_owner(config, arm) not in own or not path.is_file():
+            if selection_owner(config, arm) not in own:
                 continue
-            for row in manifests.read_rows(path, "metrics"):
-                if row["metric"] == "gen":
+            for row in metric_rows(run, arm, benchmark):
+                if row["metric"] == "gen" and row["category"] in gaps:
                     where = {
                         "run": config.run,
                         "arm": arm,
@@ -161,11 +167,10 @@ def correlation(runs: Sequence[Path]) -> str:
     for run in runs:
         config = load(run / "run_config.yaml")
         for benchmark in config.benchmarks:
-            base = manifests.read_rows(run / "base/metrics" / f"{benchmark}.parquet", "metrics")
+            base = metric_rows(run, "base", benchmark)
             gaps = {row["category"]: row["value"] for row in base if row["metric"] == "non" and row["category"] != "overall"}
             for arm in config.arms:
-                path = run / arm / "metrics" / f"{benchmark}.parquet"
-                for row in manifests.read_rows(path, "metrics") if path.is_file() else []:
+                for row in metric_rows(run, arm, benchmark):
                     if row["metric"] == "gen" and row["category"] in gaps and row["delta"] is not None:
                         non.append(gaps[row["category"]])
                         gain.append(row["delta"])
