@@ -139,7 +139,7 @@ class Pairs:
 
     def __init__(self, probes: Sequence[Row], rows: Sequence[Row]) -> None:
         self.left = weights([probe["prompt_id"] for probe in probes], "probes")
-        self.right = weights([row.get("row_id", row.get("candidate_id")) for row in rows], "rows")
+        self.right = weights([str(row.get("row_id", row.get("candidate_id"))) for row in rows], "rows")
         self.shape = (len(probes), len(rows))
 
     def mean(self, values: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
@@ -209,7 +209,7 @@ def step_claims(path: Path) -> list[Found]:
             p, m, named = at.predicted.to_numpy(), at.measured.to_numpy(), f"{group}, size {size:g}"
             errors[size] = float(np.linalg.norm(m - p))
             found.append(resampled("step", named, "slope", lambda i, p=p, m=m: slope(p[i], m[i]), at.candidate_id))
-            found.append(plain("step", named, "error", errors[size] / np.linalg.norm(p), len(p)))
+            found.append(plain("step", named, "error", errors[size] / float(np.linalg.norm(p)), len(p)))
         sizes = sorted(errors)[:3]
         if len(sizes) > 1 and all(errors[size] > 0 for size in sizes):
             order = np.polyfit(np.log(sizes), np.log([errors[size] for size in sizes]), 1)[0]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,9 @@ class Training:
         material = self.material
         found: list[tuple[str, list[Row], Callable[[], Any]]] = []
         for part in planned(self.probes, PLAIN):
-            found.append(("g", list(part), lambda part=part: material.plain_likelihoods(part)))
+            found.append(("g", list(part), partial(material.plain_likelihoods, list(part))))
         for probe in (probe for probe in self.probes if probe["alternatives"]):
-            found.append(("uj", [probe], lambda probe=probe: material.values(probe)[1:]))
+            found.append(("uj", [probe], partial(material.judgements, probe)))
         return found
 
     def train(self, batches: Sequence[list[Row]]) -> None:

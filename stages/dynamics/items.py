@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
 from stages.common.errors import UserError
 
-Row = dict[str, Any]
+Item = TypeVar("Item")
 
 
-def shard_of(rows: Sequence[Row], text: str) -> list[Row]:
+def shard_of(rows: Sequence[Item], text: str) -> list[Item]:
     """Return every n-th row from the k-th on for a shard "k/n"; raises UserError on any other text."""
     number, _, count = text.partition("/")
     if not (number.isdigit() and count.isdigit() and int(number) < int(count)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +69,25 @@ class Material:
         odds = self.log_odds(probe) if self.judges else torch.zeros_like(found[0])
         return torch.stack([found[0], likelihood.posterior(found), odds])
 
+    def judgements(self, probe: Row) -> torch.Tensor:
+        """Return log posterior and log odds of a probe, `[2]`."""
+        return self.values(probe)[1:]
+
     def plain_likelihoods(self, probes: Sequence[Row]) -> torch.Tensor:
         """Return log p(image | prompt) of several probes, `[n]`."""
         seeds = np.array([probe["seed"] for probe in probes], dtype=np.int64)
         pictures = self.candidates.pictures([probe["candidate_id"] for probe in probes])
         return likelihood.log_likelihoods(self.model, [probe["prompt"] for probe in probes], pictures, seeds)
 
+    def summed_loss(self, rows: Sequence[Row]) -> torch.Tensor:
+        return self.losses(rows).sum()
+
     def mean_gradient(self, rows: Sequence[Row], size: int) -> torch.Tensor:
         """Return the gradient of the mean loss of a batch, `[size]`, computed from `size` rows at a time."""
         total = torch.zeros(self.parameters.size, dtype=next(iter(self.parameters.tensors.values())).dtype)
         total = total.to(self.model.device)
         for part in planned(rows, size):
-            total += self.gradient(lambda part=part: self.losses(part).sum()) / len(rows)
+            total += self.gradient(partial(self.summed_loss, part)) / len(rows)
         return total
 
     def losses(self, rows: Sequence[Row]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class Steps:
         material, (objective, optimizer, size) = self.material, wanted
         step = self.step(objective, optimizer, size)
         model, parameters, before = material.model.view.model, material.parameters, gradients.flat(material.parameters)
-        expected = [gradients.directional(model, parameters, lambda p=p: material.values(p), step) for p in self.probes]
+        expected = [gradients.directional(model, parameters, partial(material.values, p), step) for p in self.probes]
         gradients.move(parameters, step)
         with torch.no_grad():
             after = [material.values(probe) for probe in self.probes]
