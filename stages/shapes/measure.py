@@ -1,6 +1,7 @@
-"""Measure how well the tiny model draws and judges in the shapes world.
+"""Measure how well a tiny model draws and judges in the shapes world.
 
     python -m stages.shapes.measure --checkpoint models/tiny-janus
+    python -m stages.shapes.measure --family show_o --checkpoint models/tiny-show-o --guidance-scale 0 --sampling '{"steps": 8}'
 
 The command prints a line of JSON for each seed and, with --tables, the tables of the model card.
 """
@@ -10,11 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from stages.families.janus import JanusSampling
-from stages.families.janus.family import Janus
+from stages.common.settings import Model
+from stages.families import FAMILIES, describe, open_family
+from stages.families.base import Family
 from stages.shapes import oracle
 from stages.shapes.grammar import CATEGORIES, ERRORS, SPLITS, Meaning
 from stages.shapes.sampling import minimal_pairs, sample_meaning
@@ -23,7 +26,7 @@ from stages.shapes.tiny_janus import QUESTION
 from stages.tools.rates import placements
 
 
-def measure(family: Janus, split: str, prompts: int, seed: int, guidance_scale: float = 1.0) -> dict[str, float]:
+def measure(family: Family, split: str, prompts: int, seed: int, sampling: Any) -> dict[str, float]:
     """Return how well the model draws and judges on random prompts of a split, the same number in each category.
 
     gen: images that match their prompt according to the oracle, in percent. non: images that the model itself rejects.
@@ -39,7 +42,7 @@ def measure(family: Janus, split: str, prompts: int, seed: int, guidance_scale: 
     for start in range(0, len(meanings), 128):
         part = meanings[start : start + 128]
         seeds = rng.integers(1 << 62, size=len(part))
-        drawn = family.generate([m.prompt() for m in part], seeds, JanusSampling(guidance_scale=guidance_scale)).images
+        drawn = family.generate([m.prompt() for m in part], seeds, sampling).images
         images.append(drawn)
     pictures = np.concatenate(images)
     truth = np.array([oracle.matches(m, g) for m, g in zip(meanings, oracle.read(pictures), strict=True)])
@@ -62,7 +65,7 @@ def measure(family: Janus, split: str, prompts: int, seed: int, guidance_scale: 
     return figures
 
 
-def ask(family: Janus, images: np.ndarray, meanings: list[Meaning]) -> np.ndarray:
+def ask(family: Family, images: np.ndarray, meanings: list[Meaning]) -> np.ndarray:
     """Return p_yes of the images, uint8 `[n, 64, 64, 3]`, with the prompts of the meanings, float64 `[n]`."""
     questions = [QUESTION.format(prompt=meaning.prompt()) for meaning in meanings]
     places = range(0, len(questions), 128)
@@ -90,17 +93,21 @@ def tables(found: list[dict[str, float]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=list(FAMILIES), default="janus")
     parser.add_argument("--checkpoint", type=Path, default=Path("models/tiny-janus"))
     parser.add_argument("--split", choices=SPLITS, default="validation")
     parser.add_argument("--prompts", type=int, default=1200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--guidance-scale", type=float, default=1.0)
+    parser.add_argument("--sampling", type=json.loads, default={}, help="other sampling settings of the family, as JSON")
     parser.add_argument("--tables", action="store_true", help="also print tables of the mean and the range over the seeds")
     arguments = parser.parse_args()
-    family = Janus.load(arguments.checkpoint)
+    model = Model(family=arguments.family, checkpoint=str(arguments.checkpoint), device="cpu", dtype="float32")
+    family = open_family(model, None, "draw")
+    sampling = describe(arguments.family).sampling(guidance_scale=arguments.guidance_scale, **arguments.sampling)
     found = []
     for seed in range(arguments.seeds):
-        figures = measure(family, arguments.split, arguments.prompts, seed, arguments.guidance_scale)
+        figures = measure(family, arguments.split, arguments.prompts, seed, sampling)
         found.append(figures)
         rounded = {name: round(value, 3) for name, value in figures.items()}
         print(

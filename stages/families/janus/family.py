@@ -6,6 +6,7 @@ Prompt format, unconditional row and guidance follow upstream: generation_infere
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -232,7 +233,7 @@ class Janus:
         picture = self.processor.replace_image_token({}, 0)
         return self._text_ids(f"{system}{USER}: {picture}\n{asked}\n\n{ASSISTANT}:{prefix}")
 
-    def _padded_questions(self, questions: list[str], prefix: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+    def _padded_questions(self, questions: Sequence[str], prefix: str = "") -> tuple[torch.Tensor, torch.Tensor]:
         """Return right-padded ids `[n, s]` and the index of each row's last real token. Causal attention needs no mask."""
         rows = [self._question_ids(question, prefix) for question in questions]
         last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
@@ -320,7 +321,7 @@ class Janus:
         return tokens * (2 * sum(matrices) + attention)
 
     def judge_loss(
-        self, model: torch.nn.Module, images: np.ndarray, questions: list[str], p_yes: np.ndarray, prefix: str = ""
+        self, model: torch.nn.Module, images: np.ndarray, questions: Sequence[str], p_yes: np.ndarray, prefix: str = ""
     ) -> torch.Tensor:
         ids, last = self._padded_questions(questions, prefix)
         logits = model(pixels=self._pixels(images), question_ids=ids, last=last).logits.float()
