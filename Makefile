@@ -4,7 +4,7 @@ CORES ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup run audit test test-all test-slurm test-lmms lmms-env serve-env cluster lint format study tune ablations dynamics tiny-model
+.PHONY: setup run audit test test-all test-slurm test-lmms lmms-env serve-env cluster lint format study tune ablations dynamics tiny-model tiny-model-janus tiny-model-show_o
 
 setup: $(STAMP)
 
@@ -136,12 +136,18 @@ dynamics: setup
 		--facts "make dynamics, seeds $(DYNAMICS_SEEDS), $(or $(DYNAMICS),settings of config.yaml), models/tiny-janus, $(MACHINE)" \
 		--out docs/dynamics.md --csv docs/dynamics.csv
 
-# Trains a tiny model from nothing: the image tokenizer, the vision encoder, then the language model. It takes the place of
-# models/tiny-janus, unless MODEL names another folder.
+# Trains a tiny model from nothing: its image tokenizer, for janus the vision encoder, then the language model. It takes the place
+# of models/tiny-janus, or with FAMILY=show_o of models/tiny-show-o, unless MODEL names another folder.
 SEED := 0
-MODEL := models/tiny-janus
-PRETRAINING := results/pretraining/seed-$(SEED)
-tiny-model: setup
+FAMILY := janus
+MODEL := models/tiny-$(subst _,-,$(FAMILY))
+PRETRAINING := results/pretraining/$(if $(filter-out janus,$(FAMILY)),$(FAMILY)-)seed-$(SEED)
+tiny-model: setup tiny-model-$(FAMILY)
+
+tiny-model-janus: setup
 	$(BIN)/python -m stages.shapes.train_codes --seed $(SEED) --out $(PRETRAINING)
 	$(BIN)/python -m stages.shapes.train_encoder --seed $(SEED) --out $(PRETRAINING)
 	$(BIN)/python -m stages.shapes.train_model --seed $(SEED) --work $(PRETRAINING) --out $(MODEL)
+
+tiny-model-show_o: setup
+	$(BIN)/python -m stages.shapes.train_show_o --seed $(SEED) --work $(PRETRAINING) --out $(MODEL)
