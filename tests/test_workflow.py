@@ -91,7 +91,7 @@ def test_the_report_carries_table_and_sheet(run, tmp_path):
     assert "results/small/report.html" in page
     completed(folder, "--report", tmp_path / "report.zip", source=source)
     with zipfile.ZipFile(tmp_path / "report.zip") as file:
-        names = {name.split("/", 3)[-1] for name in file.namelist()}
+        names = {name.split("/", 4)[-1] for name in file.namelist()}
     assert {"gallery.html", "review.html", "assets/gallery.js", "gallery/train/index.js", "review/sample.js"} <= names
 
 
