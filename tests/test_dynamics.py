@@ -160,9 +160,10 @@ DYNAMICS = {
     "alternatives": 2,
     "rows": 6,
     "step_probes": 2,
-    "step_sizes": [0.04, 0.02, 0.01],
+    "step_sizes": [1.0, 0.5, 0.25],
     "logit_probes": 2,
     "logit_draws": 2,
+    "segments": 50,  # one for each optimizer step
 }
 
 
@@ -171,7 +172,7 @@ def chosen(small_inputs, tmp_path_factory):
     """A folder with a configuration, verdicts, pairs of two arms, probes and rows, and the arguments that name them."""
     folder = tmp_path_factory.mktemp("dynamics")
     arms = {"sft": {"objective": "sft", "epochs": 1}, "dpo": {"objective": "dpo", "epochs": 1}}
-    config = write_config(folder, arms=arms, dynamics=DYNAMICS)
+    config = write_config(folder, arms=arms, dynamics=DYNAMICS, train={"learning_rate": 1e-5})
     common = ("--config", config)
     images = ("--candidates", small_inputs / "candidates.parquet")
     prompts = ("--prompts", small_inputs / "prompts.parquet")
@@ -304,8 +305,8 @@ def test_the_error_of_a_step_falls_as_its_square(examined):
     orders = steps[steps.measure == "order"].set_index("group").value
     assert set(orders.index) == {f"{o}, {k}, {q}" for o in ("dpo", "sft") for k in ("adamw", "sgd") for q in "guj"}
     assert orders.between(1.9, 2.1).all(), orders
-    small = steps[(steps.measure == "slope") & steps.group.str.endswith("size 0.01")]
-    assert (small.value - 1).abs().max() < 1e-3
+    small = steps[(steps.measure == "slope") & steps.group.str.endswith("size 0.25")]
+    assert (small.value - 1).abs().max() < 0.05
 
 
 def test_a_followed_training_is_the_trainers(examined):
@@ -313,9 +314,10 @@ def test_a_followed_training_is_the_trainers(examined):
     assert facts["distance"] < 1e-3
     path = pandas.read_parquet(examined / "path/sft.parquet")
     assert path.groupby("quantity").size().to_dict() == {"g": 12, "u": 5, "j": 5}
-    summed, base = ((path[name] - path.measured).abs().sum() for name in ("summed", "from_base"))
-    assert summed < base  # terms that are taken again on the way are nearer to the truth
-    assert np.corrcoef(path.summed, path.measured)[0, 1] > 0.9
+    for quantity, part in path.groupby("quantity"):
+        assert np.corrcoef(part.summed, part.measured)[0, 1] > 0.9, quantity
+    likelihoods = path[path.quantity == "g"]
+    assert likelihoods.measured.mean() == pytest.approx(likelihoods.summed.mean(), rel=0.2)
 
 
 def test_sketches_give_nearly_the_exact_terms(examined):

@@ -44,6 +44,7 @@ Intervals are 95 %: 1,000 resamples of prompts with their probes, and of trainin
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
@@ -103,7 +104,8 @@ def resampled(claim: str, group: str, measure: str, statistic: Callable[..., flo
     if not len(clusters):
         return Found(claim, group, measure, None, None, None, 0)
     every = np.arange(len(clusters))
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a resample may lack a group, and its value is then left out
         drawn = weights(clusters, claim, group, measure).astype(int)
         numbers = np.array([statistic(np.repeat(every, counts)) for counts in drawn], dtype=float)
     return interval(claim, group, measure, numbers, len(clusters))
@@ -184,7 +186,7 @@ def read_terms(folder: Path, probes: dict[str, Row], rows: dict[str, Row], subse
     table = table[table.subset == subset]
     found = {}
     for objective, part in table.groupby("objective"):
-        known = {**rows, **probes}
+        known = probes if objective == "kernel" else rows
         grids = {term: part.pivot(index="candidate_id", columns="row_id", values=term) for term in TERMS}
         first = grids["delta_g"]
         numbers = {term: grid.to_numpy(dtype=float) for term, grid in grids.items() if grid.notna().all(axis=None)}
@@ -486,13 +488,15 @@ def proxy_claims(node: str, terms: dict[str, Terms], sources: dict[str, dict[str
 
 def sketch_claims(folder: Path, terms: dict[str, Terms]) -> list[Found]:
     """Return how well sketched gradients give Delta G: correlation over pairs with the exact values."""
-    rows = {row["item_id"]: row for row in manifests.read_rows(sorted(folder.glob("*.parquet")), "dynamics_sketches")}
+    rows = {
+        (row["kind"], row["item_id"]): row for row in manifests.read_rows(sorted(folder.glob("*.parquet")), "dynamics_sketches")
+    }
     found: list[Found] = []
     for objective, of in terms.items():
         if objective == "kernel" or not rows:
             continue
-        left = np.array([rows[probe["candidate_id"]]["sketch"] for probe in of.probes], dtype=float)
-        right = np.array([rows[row["row_id"]]["sketch"] for row in of.rows], dtype=float)
+        left = np.array([rows["probe", probe["candidate_id"]]["sketch"] for probe in of.probes], dtype=float)
+        right = np.array([rows[objective, row["row_id"]]["sketch"] for row in of.rows], dtype=float)
         guess, exact, pairs = left @ right.T, of.values["delta_g"], Pairs(of.probes, of.rows)
         found.append(interval("sketch", objective, "correlation", pairs.correlation(guess, exact), exact.size))
         same = ((guess > 0) == (exact > 0)).astype(float)
