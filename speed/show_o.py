@@ -5,8 +5,8 @@
 
 engine              this project's
 upstream-procedure  generation: t2i_generate of showlab/Show-o, all candidates in one batch: all places of text and picture in
-                    every step, and logits over the whole vocabulary for all of them; scoring: mmu_generate, one question a call,
-                    up to the first token of the answer
+                    every step, and logits over the whole vocabulary for all of them; scoring: mmu_generate, one question a
+                    call, up to the first token of the answer
 
 Weights are random (seed 0); speed depends on the shape. `show-o-100m` has upstream's vocabulary and 256 codes, `show-o` has its
 sizes at 512 pixels.

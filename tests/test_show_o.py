@@ -376,6 +376,29 @@ def test_the_judges_loss_is_that_of_p_yes_and_reaches_what_it_may(variant, moved
     assert found == moved
 
 
+def test_pretraining_asks_what_the_judge_is_asked(family):
+    """The loss over cached pictures is that of whole sequences, laid out and seen as in `p_yes`."""
+    from stages.shapes.sampling import sample_questions
+    from stages.shapes.tiny_janus import QUESTION as TEMPLATE
+    from stages.shapes.train_show_o import looking_losses
+
+    rng = np.random.default_rng(0)
+    scenes = [sample_questions(rng, "pretraining", 4, 0.8) for _ in range(2)]
+    asked = [question for scene in scenes for question in scene]
+    with torch.no_grad():
+        found, *_ = looking_losses(family, scenes, rng)
+    losses: dict[bool, list[float]] = {True: [], False: []}
+    layout = family.layout
+    for question in asked:
+        ids = layout.asking(question.grid.ravel().tolist(), TEMPLATE.format(prompt=question.meaning.prompt()))
+        seen = seen_asking(len(ids), 0, 19, torch.device("cpu"))[None]
+        with torch.no_grad():
+            logits = family.model(torch.tensor([ids]), seen, torch.tensor([0]), torch.tensor([len(ids) - 1]))
+        word = layout.text("yes" if question.label else "no")[0]
+        losses[question.label].append(-logits[0].log_softmax(0)[word].item())
+    assert found.item() == pytest.approx((np.mean(losses[True]) + np.mean(losses[False])) / 2, rel=1e-4)
+
+
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
