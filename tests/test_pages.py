@@ -160,7 +160,7 @@ def test_names_and_findings_are_escaped_in_pages(tmp_path):
     (folder / "tables/generation.csv").write_text(columns + "<script>1</script>,made,1.0,0.5,1.5,7,<i>by whom</i>\n")
     text = page_of(facts_of(open_run(folder)), alone=True)
     assert "<script>1" not in text and "&lt;script&gt;1&lt;/script&gt;" in text
-    assert "a&lt;b&gt; gen" in text and "&lt;i&gt;by whom&lt;/i&gt;" in text
+    assert "a&lt;b&gt; Gen." in text and "&lt;i&gt;by whom&lt;/i&gt;" in text
     assert "0.5 to 1.5, n 7" in text
 
 

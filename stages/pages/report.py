@@ -90,7 +90,8 @@ def read_table(path: Path, labels: Sequence[str], title: str) -> list[Grid]:
         where = row.get("benchmark") or ""
         if where not in grids:
             notes = [row["recipe"]] if row.get("recipe") else []
-            grids[where] = Grid(f"{where}: {title}" if where else title, list(labels), heads, [], notes)
+            names = [" ".join([*name.split(" ")[:-1], METRICS.get(name.split(" ")[-1], name.split(" ")[-1])]) for name in heads]
+            grids[where] = Grid(f"{where}: {title}" if where else title, list(labels), names, [], notes)
         cells = []
         for name in heads:
             n = number(f"{name}_n")
