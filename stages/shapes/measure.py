@@ -17,7 +17,6 @@ import numpy as np
 
 from stages.common.settings import Model
 from stages.families import FAMILIES, describe, open_family
-from stages.families.base import Family
 from stages.shapes import oracle
 from stages.shapes.grammar import CATEGORIES, ERRORS, SPLITS, Meaning
 from stages.shapes.sampling import minimal_pairs, sample_meaning
@@ -26,8 +25,10 @@ from stages.shapes.tiny_janus import QUESTION
 from stages.tools.rates import placements
 
 
-def measure(family: Family, split: str, prompts: int, seed: int, sampling: Any) -> dict[str, float]:
+def measure(family: Any, split: str, prompts: int, seed: int, sampling: Any) -> dict[str, float]:
     """Return how well the model draws and judges on random prompts of a split, the same number in each category.
+
+    family: a loaded family. sampling: its sampling settings.
 
     gen: images that match their prompt according to the oracle, in percent. non: images that the model itself rejects.
     own: accuracy of the model's judgements of its own images. These three also by category, as in "gen color".
@@ -65,7 +66,7 @@ def measure(family: Family, split: str, prompts: int, seed: int, sampling: Any) 
     return figures
 
 
-def ask(family: Family, images: np.ndarray, meanings: list[Meaning]) -> np.ndarray:
+def ask(family: Any, images: np.ndarray, meanings: list[Meaning]) -> np.ndarray:
     """Return p_yes of the images, uint8 `[n, 64, 64, 3]`, with the prompts of the meanings, float64 `[n]`."""
     questions = [QUESTION.format(prompt=meaning.prompt()) for meaning in meanings]
     places = range(0, len(questions), 128)
