@@ -33,6 +33,7 @@ if settings.arms:  # without arms, models are audited and nothing is trained
     include: "workflow/rules/training.smk"
     include: "workflow/rules/replay.smk"
     include: "workflow/rules/report.smk"
+    include: "workflow/rules/dynamics_paths.smk"
     include: "workflow/rules/dynamics.smk"
 
 

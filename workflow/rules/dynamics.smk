@@ -3,75 +3,6 @@
 probes and training rows -> first-order terms at each examined checkpoint -> steps, followed trainings, similarities -> page
 """
 
-DYNAMICS = f"{RUN}/dynamics"
-PROBED = settings.dynamics.benchmark or next(iter(JUDGED or BENCHMARKS), None)  # the benchmark of the probes
-PROBE_JUDGE = settings.benchmarks[PROBED].judge if PROBED else None
-PIECES = [f"{number:04d}" for number in range(settings.dynamics.shards)]
-
-
-def examined_arms():
-    """Return the arms of dynamics.arms, or the first of each objective without replay and the first with replay."""
-    kinds = {}
-    for name, arm in settings.arms.items():
-        if arm.replay_by == "self" and not settings.arm_pairs(name).matched:
-            kinds.setdefault((arm.objective, bool(arm.replay_epochs)), name)
-    return settings.dynamics.arms or list(kinds.values())
-
-
-def examined_replays():
-    """Return the replays of the examined arms in which something is drawn."""
-    return list(dict.fromkeys(name for arm in examined_arms() for name in NODES[arm].replays if REPLAYS[name].draws))
-
-
-def examined_pairs():
-    """Return the arguments that name the training data of the examined arms, and the files."""
-    found = {f"{selection_folder(arm)}/pairs.parquet": arm for arm in reversed(examined_arms())}
-    found |= {f"{RUN}/{name}/replay/pairs.parquet": REPLAYS[name].node.arm for name in examined_replays()}
-    return [f"--pairs {arm} {path}" for path, arm in found.items()], list(found)
-
-
-def examined_candidates():
-    """Return the candidate manifests that probes and training rows refer to."""
-    replayed = [path for name in examined_replays() for path in shard_files(name, "candidates", "replay")]
-    return [*shard_files("base", "candidates", PROBED), *shard_files("base", "candidates", "train"), *replayed]
-
-
-def training_verdicts():
-    """Return an external judge's verdicts on training candidates, which only measure."""
-    folder, named = f"verdicts/{PROBE_JUDGE}", [("base", "train"), *((name, "replay") for name in examined_replays())]
-    return [path for node, images in named for path in shard_files(node, folder, images)] if PROBE_JUDGE else []
-
-
-def dynamics_settings(stage, without=("shards", "memory")):
-    return read_by(stage, settings.dynamics, without=without)
-
-
-def followed_arms():
-    """Return the examined arms whose training can be followed: those without replay that train plainly."""
-    arms = [arm for arm in examined_arms() if not settings.arms[arm].replay_epochs]
-    plain = ("lora_rank", "judge_anchor_weight", "prompt_dropout")
-    return [arm for arm in arms if not any(getattr(settings.arm_train(arm), key) for key in plain)]
-
-
-def term_nodes():
-    """Return the checkpoints at which terms are taken: the base model and those that replay."""
-    return list(dict.fromkeys(["base", *(REPLAYS[name].draws for name in examined_replays())]))
-
-
-def dynamics_minutes(work):
-    """Return a time limit. A derivative along a direction takes about as long as a gradient, and both three judgements."""
-    chosen = settings.dynamics
-    each = chosen.alternatives + 4  # of a probe with all that is asked about it
-    images = {
-        "terms": chosen.probes * each / len(PIECES) + chosen.rows,
-        "steps": 8 * len(chosen.step_sizes) * chosen.step_probes * each,
-        "follow": 100 * chosen.segments * (chosen.images + chosen.probes * each),
-        "embed": prompt_count("train") * settings.generate.candidates / len(PIECES),
-        "sketch": (chosen.probes + 2 * chosen.rows) / len(PIECES),
-    }[work]
-    return lambda wildcards, attempt: attempt * int(30 + 3 * cost.SECONDS["judge"] * GIGABYTES * images / 60)
-
-
 if PROBED:
 
     rule dynamics_select:
@@ -179,7 +110,7 @@ if PROBED:
         params:
             code=code("stages.dynamics.steps", mentioned=USES),
             config=CONFIG,
-            checkpoint=checkpoint_folder("base"),
+            checkpoint=lambda wildcards: checkpoint_folder("base"),
             settings=dynamics_settings("stages.dynamics.steps"),
             train=[training_settings(arm) for arm in examined_arms()],
             score=read_by("stages.dynamics.steps", settings.score, without=["batch_size"]),
@@ -222,7 +153,7 @@ if PROBED:
         params:
             code=code("stages.dynamics.follow", mentioned=USES),
             config=CONFIG,
-            checkpoint=checkpoint_folder("base"),
+            checkpoint=lambda wildcards: checkpoint_folder("base"),
             trained=lambda wildcards: checkpoint_folder(wildcards.arm),
             segments=settings.dynamics.segments,
             train=lambda wildcards: training_settings(wildcards.arm),
@@ -262,7 +193,7 @@ if PROBED:
         params:
             code=code("stages.dynamics.logits", mentioned=USES),
             config=CONFIG,
-            checkpoint=checkpoint_folder("base"),
+            checkpoint=lambda wildcards: checkpoint_folder("base"),
             settings=dynamics_settings("stages.dynamics.logits"),
             seed=settings.seed,
             model=MODEL,
@@ -297,7 +228,7 @@ if PROBED:
         params:
             code=code("stages.dynamics.embed", mentioned=USES),
             config=CONFIG,
-            checkpoint=checkpoint_folder("base"),
+            checkpoint=lambda wildcards: checkpoint_folder("base"),
             shard=lambda wildcards: f"{int(wildcards.shard)}/{len(PIECES)}",
             clip=settings.dynamics.clip,
             model=MODEL,
@@ -336,7 +267,7 @@ if PROBED:
         params:
             code=code("stages.dynamics.sketch", mentioned=USES),
             config=CONFIG,
-            checkpoint=checkpoint_folder("base"),
+            checkpoint=lambda wildcards: checkpoint_folder("base"),
             shard=lambda wildcards: f"{int(wildcards.shard)}/{len(PIECES)}",
             settings=dynamics_settings("stages.dynamics.sketch"),
             train=read_by("stages.dynamics.sketch", settings.train, without=WITHOUT_OUTCOME),
@@ -379,7 +310,7 @@ if PROBED:
         params:
             code=code("stages.dynamics.claims"),
             config=CONFIG,
-            folder=DYNAMICS,
+            folder=lambda wildcards: DYNAMICS,
             seed=settings.seed,
             of_base=lambda wildcards: [
                 f"--scores-of-base {arm} {' '.join(shard_files(arm, 'scores-of-base', PROBED))}" for arm in examined_arms()
@@ -413,7 +344,7 @@ if PROBED:
             mem_mb=4000,
         params:
             code=code("stages.dynamics.page"),
-            folder=DYNAMICS,
+            folder=lambda wildcards: DYNAMICS,
         message:
             "Dynamics: page and pictures"
         shell:

@@ -1,0 +1,69 @@
+"""The files that the rules of learning dynamics share, and what they examine: arms, replays and checkpoints."""
+
+DYNAMICS = f"{RUN}/dynamics"
+PROBED = settings.dynamics.benchmark or next(iter(JUDGED or BENCHMARKS), None)  # the benchmark of the probes
+PROBE_JUDGE = settings.benchmarks[PROBED].judge if PROBED else None
+PIECES = [f"{number:04d}" for number in range(settings.dynamics.shards)]
+
+
+def examined_arms():
+    """Return the arms of dynamics.arms, or the first of each objective without replay and the first with replay."""
+    kinds = {}
+    for name, arm in settings.arms.items():
+        if arm.replay_by == "self" and not settings.arm_pairs(name).matched:
+            kinds.setdefault((arm.objective, bool(arm.replay_epochs)), name)
+    return settings.dynamics.arms or list(kinds.values())
+
+
+def examined_replays():
+    """Return the replays of the examined arms in which something is drawn."""
+    return list(dict.fromkeys(name for arm in examined_arms() for name in NODES[arm].replays if REPLAYS[name].draws))
+
+
+def examined_pairs():
+    """Return the arguments that name the training data of the examined arms, and the files."""
+    found = {f"{selection_folder(arm)}/pairs.parquet": arm for arm in reversed(examined_arms())}
+    found |= {f"{RUN}/{name}/replay/pairs.parquet": REPLAYS[name].node.arm for name in examined_replays()}
+    return [f"--pairs {arm} {path}" for path, arm in found.items()], list(found)
+
+
+def examined_candidates():
+    """Return the candidate manifests that probes and training rows refer to."""
+    replayed = [path for name in examined_replays() for path in shard_files(name, "candidates", "replay")]
+    return [*shard_files("base", "candidates", PROBED), *shard_files("base", "candidates", "train"), *replayed]
+
+
+def training_verdicts():
+    """Return an external judge's verdicts on training candidates, which only measure."""
+    folder, named = f"verdicts/{PROBE_JUDGE}", [("base", "train"), *((name, "replay") for name in examined_replays())]
+    return [path for node, images in named for path in shard_files(node, folder, images)] if PROBE_JUDGE else []
+
+
+def dynamics_settings(stage, without=("shards", "memory")):
+    return read_by(stage, settings.dynamics, without=without)
+
+
+def followed_arms():
+    """Return the examined arms whose training can be followed: those without replay that train plainly."""
+    arms = [arm for arm in examined_arms() if not settings.arms[arm].replay_epochs]
+    plain = ("lora_rank", "judge_anchor_weight", "prompt_dropout")
+    return [arm for arm in arms if not any(getattr(settings.arm_train(arm), key) for key in plain)]
+
+
+def term_nodes():
+    """Return the checkpoints at which terms are taken: the base model and those that replay."""
+    return list(dict.fromkeys(["base", *(REPLAYS[name].draws for name in examined_replays())]))
+
+
+def dynamics_minutes(work):
+    """Return a time limit. A derivative along a direction takes about as long as a gradient, and both three judgements."""
+    chosen = settings.dynamics
+    each = chosen.alternatives + 4  # of a probe with all that is asked about it
+    images = {
+        "terms": chosen.probes * each / len(PIECES) + chosen.rows,
+        "steps": 8 * len(chosen.step_sizes) * chosen.step_probes * each,
+        "follow": 100 * chosen.segments * (chosen.images + chosen.probes * each),
+        "embed": prompt_count("train") * settings.generate.candidates / len(PIECES),
+        "sketch": (chosen.probes + 2 * chosen.rows) / len(PIECES),
+    }[work]
+    return lambda wildcards, attempt: attempt * int(30 + 3 * cost.SECONDS["judge"] * GIGABYTES * images / 60)
