@@ -306,7 +306,7 @@ def test_the_error_of_a_step_falls_as_its_square(examined):
     assert set(orders.index) == {f"{o}, {k}, {q}" for o in ("dpo", "sft") for k in ("adamw", "sgd") for q in "guj"}
     assert orders.between(1.9, 2.1).all(), orders
     small = steps[(steps.measure == "slope") & steps.group.str.endswith("size 0.25")]
-    assert (small.value - 1).abs().max() < 0.05
+    assert (small.value - 1).abs().max() < 0.1
 
 
 def test_a_followed_training_is_the_trainers(examined):
