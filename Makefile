@@ -72,8 +72,8 @@ format: setup
 # The default arms and their controls on the test prompts, for several pretrained models and seeds; writes study.csv,
 # study-runs.csv, contrasts.csv and study.png in docs/. Every run has its own seed: 0 and 1 for the first model, 10 and 11 for
 # the second. A run that is finished is only checked, so the command continues where it was stopped. Further models are made by
-# make tiny-model SEED=2 MODEL=models/tiny-janus-2
-MODELS ?= models/tiny-janus models/tiny-janus-1
+# make tiny-model SEED=3 MODEL=models/tiny-janus-3
+MODELS ?= models/tiny-janus models/tiny-janus-1 models/tiny-janus-2
 SEEDS ?= 0 1
 study: setup
 	@place=0; started=$$(date +%s); runs=; \
