@@ -41,7 +41,7 @@ def equal(folder, other) -> None:
 def uninterrupted(small_inputs, tmp_path_factory):
     """An uninterrupted training of 24 steps, and its arguments."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    arguments = prepare(folder, small_inputs, "sft", STEPS // 4, save_every_steps=3)
+    arguments = prepare(folder, small_inputs, "sft", STEPS // 3, save_every_steps=3)
     assert f"{STEPS} steps" in trained(arguments, folder)
     return arguments, folder
 
@@ -86,7 +86,7 @@ def test_a_stop_signal_to_the_rules_whole_process_group_reaches_the_save(uninter
 
 
 def test_a_longer_schedule_goes_on_from_the_shorter_ones_end(uninterrupted, small_inputs, tmp_path):
-    shorter = prepare(tmp_path / "shorter", small_inputs, "sft", STEPS // 8, save_every_steps=3)
+    shorter = prepare(tmp_path / "shorter", small_inputs, "sft", STEPS // 6, save_every_steps=3)
     arguments, folder = uninterrupted
     trained(shorter, tmp_path)
     assert f"from checkpoint-{STEPS // 2}\n" in trained(arguments, tmp_path)

@@ -194,7 +194,7 @@ def with_baseline(folder, tmp_path):
 
 def test_a_baseline_is_evaluated_like_an_arm_and_nothing_that_exists_is_made_again(source, with_baseline):
     run, results = (source, with_baseline, ""), with_baseline / "results/small"
-    reports = {"summary", "tables", "contact_sheet", "judge_report"}
+    reports = {"summary", "tables", "contact_sheet", "judge_report", "pages"}
     evaluation = {"generate", "score", "judge", "evaluate", "understand", "count_answers"}
     assert rerun(run) == evaluation | reports
     for stage in sorted(evaluation):

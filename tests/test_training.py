@@ -127,7 +127,7 @@ def expected_losses(model, base, family, rows, candidates, prompts, beta: float,
 def test_losses_equal_an_independent_reference(objective, small_inputs, tmp_path, tiny):
     beta, weight = 0.3, 0.7
     settings = {"save_every_steps": 1, "beta": beta, "nll_weight": weight, "micro_batch_size": 4}
-    trained(prepare(tmp_path, small_inputs, objective, 1, **settings), tmp_path)
+    trained(prepare(tmp_path, small_inputs, objective, 2, **settings), tmp_path)
     candidates = {row["candidate_id"]: row for row in manifests.read_rows(small_inputs / "candidates.parquet", "candidates")}
     prompts = {row["prompt_id"]: row["prompt"] for row in manifests.read_rows(small_inputs / "prompts.parquet", "prompts")}
     schedule = manifests.read_rows(tmp_path / "schedule.parquet", "schedule")
