@@ -137,7 +137,7 @@ def assert_the_tables_are_whole(results) -> None:
     assert all(", n " in cell for cell in base[::3]), "Gen. of every benchmark is measured"
     for name in ("generation", "by_subtask"):
         assert {path.suffix for path in (results / "tables").glob(f"{name}.*")} == {".csv", ".md", ".tex"}
-    subtasks = (results / "tables/by_subtask.md").read_text()
+    subtasks = (results / "tables/by_subtask.md").read_text().replace("\\", "")
     assert "spatial (medium) second Gen." in subtasks
     assert all(stratum in subtasks for stratum in ("single_object (easy)", "physics (hard)"))
 
