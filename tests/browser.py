@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, Request, sync_playwright
 
 CHROMIUM = Path("/usr/bin/chromium")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
@@ -38,8 +38,12 @@ class Watched:
         self.outside: list[str] = []
         page.on("console", lambda message: self.errors.append(message.text) if message.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("requestfailed", lambda request: self.errors.append(f"failed: {request.url[:200]}"))
+        page.on("requestfailed", self.failed)
         page.on("request", lambda r: None if r.url.startswith(("file:", "data:", "blob:")) else self.outside.append(r.url))
+
+    def failed(self, request: Request) -> None:
+        if request.failure != "net::ERR_ABORTED":  # a person who is faster than the pictures leaves them before they have come
+            self.errors.append(f"failed: {request.failure} {request.url[:200]}")
 
     def check(self) -> None:
         assert not self.errors, self.errors
