@@ -72,7 +72,7 @@ format: setup
 # The default arms and their controls on the test prompts, for several pretrained models and seeds; writes study.csv,
 # study-runs.csv, contrasts.csv and study.png in docs/. Every run has its own seed: 0 and 1 for the first model, 10 and 11 for
 # the second. A run that is finished is only checked, so the command continues where it was stopped. Further models are made by
-# make tiny-model SEED=3 MODEL=models/tiny-janus-3
+# make tiny-model SEED=3 MODEL=models/tiny-janus-3 STORE_AS=bfloat16
 MODELS ?= models/tiny-janus models/tiny-janus-1 models/tiny-janus-2
 SEEDS ?= 0 1
 study: setup
@@ -140,6 +140,7 @@ dynamics: setup
 # of models/tiny-janus, or with FAMILY=show_o of models/tiny-show-o, unless MODEL names another folder.
 SEED := 0
 FAMILY := janus
+STORE_AS := float32
 MODEL := models/tiny-$(subst _,-,$(FAMILY))
 PRETRAINING := results/pretraining/$(if $(filter-out janus,$(FAMILY)),$(FAMILY)-)seed-$(SEED)
 tiny-model: setup tiny-model-$(FAMILY)
@@ -147,7 +148,7 @@ tiny-model: setup tiny-model-$(FAMILY)
 tiny-model-janus: setup
 	$(BIN)/python -m stages.shapes.train_codes --seed $(SEED) --out $(PRETRAINING)
 	$(BIN)/python -m stages.shapes.train_encoder --seed $(SEED) --out $(PRETRAINING)
-	$(BIN)/python -m stages.shapes.train_model --seed $(SEED) --work $(PRETRAINING) --out $(MODEL)
+	$(BIN)/python -m stages.shapes.train_model --seed $(SEED) --work $(PRETRAINING) --out $(MODEL) --store-as $(STORE_AS)
 
 tiny-model-show_o: setup
 	$(BIN)/python -m stages.shapes.train_show_o --seed $(SEED) --work $(PRETRAINING) --out $(MODEL)

@@ -135,7 +135,14 @@ def lessons(family: Janus, drawn: int, scenes: int, questions: int) -> Pretraini
 
 
 def main() -> None:
-    arguments = parser(__doc__, "folder of the tokenizer and the encoder, and of saves").parse_args()
+    options = parser(__doc__, "folder of the tokenizer and the encoder, and of saves")
+    options.add_argument(
+        "--store-as",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="type of the saved weights; bfloat16 halves the file",
+    )
+    arguments = options.parse_args()
     torch.manual_seed(arguments.seed)
     processor = make_processor()
     model = JanusForConditionalGeneration(make_config(processor))
@@ -146,6 +153,7 @@ def main() -> None:
     family = Janus(model, processor)
     job = lessons(family, arguments.drawn, arguments.scenes, arguments.questions)
     pretrain(job, arguments.work, arguments.steps, arguments.seed, arguments.save_every, arguments.rate)
+    family.model.to(getattr(torch, arguments.store_as))
     family.save(arguments.out)
 
 
