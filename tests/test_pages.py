@@ -21,7 +21,8 @@ from stages.pages.render import ASSETS
 from stages.pages.report import facts_of, page_of
 from stages.pages.review import Plan, drawn, needed
 from stages.pages.run import open_run
-from stages.tools.agreement import cohens_kappa, compared, fleiss_kappa, majority
+from stages.tools.agreement import compared, majority
+from stages.tools.kappa import cohens_kappa, fleiss_kappa
 from tests.helpers import done, measured, refused, stage
 from tests.made_run import AWKWARD, make_run
 

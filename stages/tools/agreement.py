@@ -28,37 +28,12 @@ from stages.common.files import write_csv
 from stages.common.seeds import hash_seed
 from stages.judges.table import read_table
 from stages.pages.run import Run, images, open_run
+from stages.tools.kappa import cohens_kappa, fleiss_kappa
 
 Row = dict[str, Any]
 Verdicts = dict[str, bool | None]  # by candidate_id
 ROUNDS = 2000
 PEOPLE, OWN = "people", "the model's own verdict"
-
-
-def cohens_kappa(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return Cohen's kappa (Cohen 1960) of two judges.
-
-    first, second: bool `[..., images]`; the leading axes are kept. The result is NaN where both say the same of every image, so
-    that they could not agree by anything but chance.
-    """
-    observed = (first == second).mean(-1)
-    yes, also = first.mean(-1), second.mean(-1)
-    chance = yes * also + (1 - yes) * (1 - also)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(chance < 1, (observed - chance) / (1 - chance), np.nan)
-
-
-def fleiss_kappa(votes: np.ndarray) -> np.ndarray:
-    """Return Fleiss' kappa (Fleiss 1971) of several judges.
-
-    votes: bool `[..., images, judges]`; the leading axes are kept. The result is NaN where all say the same of every image.
-    """
-    judges, yes = votes.shape[-1], votes.sum(-1)
-    observed = ((yes * (yes - 1) + (judges - yes) * (judges - yes - 1)) / (judges * (judges - 1))).mean(-1)
-    share = votes.mean((-2, -1))
-    chance = share**2 + (1 - share) ** 2
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(chance < 1, (observed - chance) / (1 - chance), np.nan)
 
 
 def interval(count: int, measure: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float] | None:

@@ -1,4 +1,4 @@
-"""How far two judges agree on images: the share of equal verdicts and Cohen's kappa, with 95 % intervals.
+"""How far judges agree on images: the share of equal verdicts, Cohen's kappa and, for more than two, Fleiss'.
 
 Kappa is (a - e) / (1 - e), where a is the share of images on which both judges agree and e is the share that they would agree
 on by chance, if each gave its own shares of yes and no to images at random (Cohen 1960). It is 1 for judges that always agree
@@ -26,6 +26,25 @@ def kappa(counts: np.ndarray) -> np.ndarray:
         both, first, second, neither = np.moveaxis(counts / total[..., None], -1, 0)
         by_chance = (both + first) * (both + second) + (neither + first) * (neither + second)
         return np.where(by_chance < 1, (both + neither - by_chance) / (1 - by_chance), np.nan)
+
+
+def cohens_kappa(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return Cohen's kappa of two judges. first, second: bool `[..., images]`; the leading axes are kept."""
+    return kappa(np.stack([(first & second).sum(-1), (first & ~second).sum(-1), (~first & second).sum(-1),
+                           (~first & ~second).sum(-1)], -1))  # fmt: skip
+
+
+def fleiss_kappa(votes: np.ndarray) -> np.ndarray:
+    """Return Fleiss' kappa (Fleiss 1971) of several judges.
+
+    votes: bool `[..., images, judges]`; the leading axes are kept. The result is NaN where all say the same of every image.
+    """
+    judges, yes = votes.shape[-1], votes.sum(-1)
+    observed = ((yes * (yes - 1) + (judges - yes) * (judges - yes - 1)) / (judges * (judges - 1))).mean(-1)
+    share = votes.mean((-2, -1))
+    chance = share**2 + (1 - share) ** 2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(chance < 1, (observed - chance) / (1 - chance), np.nan)
 
 
 def tallies(one: np.ndarray, other: np.ndarray, prompts: np.ndarray) -> np.ndarray:
