@@ -40,10 +40,12 @@ def write_pages(run: Run, out: Path, side: int, plan: Plan) -> dict[str, Any]:
 
 
 def replace(temporary: Path, out: Path) -> None:
-    """Put a whole folder in the place of older pages."""
+    """Put a whole folder in the place of older pages, which are removed only when the new ones are there."""
+    old = aside(out.with_name(f"{out.name}.old"))
     if out.exists():
-        shutil.rmtree(out)
+        out.replace(old)
     temporary.replace(out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def parse() -> argparse.Namespace:

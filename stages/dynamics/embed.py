@@ -17,20 +17,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from stages.common import manifests, shards
-from stages.common.batches import kept_batches, planned
+from stages.common.batches import planned
 from stages.common.candidates import Candidates
 from stages.common.config import Config, load
 from stages.common.errors import run_stage
 from stages.common.fingerprints import code
 from stages.common.registry import entry
+from stages.dynamics.command import write_batches
 from stages.dynamics.items import shard_of
 from stages.families import checkpoint_hash, describe
 
@@ -152,16 +152,10 @@ def main() -> None:
     key = ("dynamics embeddings", code("stages.dynamics.embed", mentioned=uses), facts, arguments.shard,
            config.score.batch_size, *map(manifests.content_hash, parents))  # fmt: skip
     print(f"{len(mine)} images by {', '.join(known)}: {2 * len(mine)} forward passes of the model, no gradients", flush=True)
-    with kept_batches(
-        arguments.out,
-        key,
-        planned(mine, config.score.batch_size),
-        work=lambda batch: embedded(known, prompts, batch),
-        finish=lambda found: pa.Table.from_pylist(found, schema=manifests.schema("dynamics_embeddings")),
-        label="embeddings",
-    ) as files:
-        manifests.write(arguments.out, "dynamics_embeddings", (pq.read_table(file) for file in files),
-                        stage="stages.dynamics.embed", settings=facts, parents=parents, uses=uses)  # fmt: skip
+    batches = planned(mine, config.score.batch_size)
+    work = partial(embedded, known, prompts)
+    write_batches(arguments.out, "dynamics_embeddings", key, batches, work, "embeddings",
+                  stage="stages.dynamics.embed", settings=facts, parents=parents, uses=uses)  # fmt: skip
 
 
 if __name__ == "__main__":

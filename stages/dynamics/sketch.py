@@ -13,21 +13,17 @@ own precision. The cost is printed first; with --cost nothing else happens. Fini
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from stages.common import manifests
-from stages.common.batches import kept_batches, planned
+from stages.common.batches import planned
 from stages.common.config import load
 from stages.common.errors import run_stage
 from stages.common.fingerprints import code
 from stages.common.registry import entry
 from stages.common.seeds import hash_seed
+from stages.dynamics.command import parser, read_probes, write_batches
 from stages.dynamics.items import shard_of
 from stages.families import checkpoint_hash
 
@@ -86,19 +82,13 @@ def cost(material: Any, items: Sequence[Row], buckets: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--probes", type=Path, required=True, help="manifest of stages.dynamics.select")
-    parser.add_argument("--rows", type=Path, required=True, help="manifest of stages.dynamics.select")
-    parser.add_argument("--candidates", type=Path, nargs="+", required=True, help="candidate manifests of probes and rows")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="the model whose gradients are taken")
-    parser.add_argument("--shard", default="0/1", help="which of how many shards of probes and rows")
-    parser.add_argument("--cost", action="store_true", help="print what it would cost, and end")
-    parser.add_argument("--out", type=Path, required=True, help="manifest of the sketches")
-    arguments = parser.parse_args()
+    options = parser(__doc__, "the model whose gradients are taken", "manifest of the sketches")
+    options.add_argument("--shard", default="0/1", help="which of how many shards of probes and rows")
+    options.add_argument("--cost", action="store_true", help="print what it would cost, and end")
+    arguments = options.parse_args()
     config = load(arguments.config)
     family = config.model.family
-    probes = [row for row in manifests.read_rows(arguments.probes, "dynamics_probes") if row["alternatives"]]
+    probes = read_probes(arguments.probes)
     rows = manifests.read_rows(arguments.rows, "dynamics_rows")
     mine = shard_of([*probes, *rows], arguments.shard)
     from stages.dynamics.material import open_material
@@ -124,16 +114,8 @@ def main() -> None:
     parents = [arguments.probes, arguments.rows, *arguments.candidates]
     key = ("dynamics sketches", code("stages.dynamics.sketch", mentioned=uses), facts, arguments.shard,
            *map(manifests.content_hash, parents))  # fmt: skip
-    with kept_batches(
-        arguments.out,
-        key,
-        planned(mine, BATCH),
-        work=work,
-        finish=lambda found: pa.Table.from_pylist(found, schema=manifests.schema("dynamics_sketches")),
-        label="sketches",
-    ) as files:
-        manifests.write(arguments.out, "dynamics_sketches", (pq.read_table(file) for file in files),
-                        stage="stages.dynamics.sketch", settings=facts, parents=parents, uses=uses)  # fmt: skip
+    write_batches(arguments.out, "dynamics_sketches", key, planned(mine, BATCH), work, "sketches",
+                  stage="stages.dynamics.sketch", settings=facts, parents=parents, uses=uses)  # fmt: skip
 
 
 if __name__ == "__main__":

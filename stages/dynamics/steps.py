@@ -11,21 +11,16 @@ derivative along the step, in float64: if only the second order is missing, the 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from stages.common import manifests
-from stages.common.batches import kept_batches
 from stages.common.config import load
 from stages.common.errors import run_stage
 from stages.common.fingerprints import code
 from stages.common.registry import entry
+from stages.dynamics.command import parser, read_probes, write_batches
 from stages.families import checkpoint_hash
 
 Row = dict[str, Any]
@@ -103,18 +98,10 @@ class Steps:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--probes", type=Path, required=True, help="manifest of stages.dynamics.select")
-    parser.add_argument("--rows", type=Path, required=True, help="manifest of stages.dynamics.select")
-    parser.add_argument("--candidates", type=Path, nargs="+", required=True, help="candidate manifests of probes and rows")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="the model that steps")
-    parser.add_argument("--out", type=Path, required=True, help="manifest of predicted and measured changes")
-    arguments = parser.parse_args()
+    arguments = parser(__doc__, "the model that steps", "manifest of predicted and measured changes").parse_args()
     config = load(arguments.config)
     family, chosen = config.model.family, config.dynamics
-    probes = [row for row in manifests.read_rows(arguments.probes, "dynamics_probes") if row["alternatives"]]
-    probes = probes[: chosen.step_probes]
+    probes = read_probes(arguments.probes)[: chosen.step_probes]
     rows = manifests.read_rows(arguments.rows, "dynamics_rows")
     from stages.dynamics.material import open_material
     from stages.dynamics.precision import double
@@ -129,19 +116,10 @@ def main() -> None:
     parents = [arguments.probes, arguments.rows, *arguments.candidates]
     key = ("dynamics steps", code("stages.dynamics.steps", mentioned=uses), facts, config.score.model_dump(),
            *map(manifests.content_hash, parents))  # fmt: skip
-    with (
-        double(material.model.view.model),
-        kept_batches(
-            arguments.out,
-            key,
-            batches,
-            work=Steps(material, rows, probes).of_batch,
-            finish=lambda found: pa.Table.from_pylist(found, schema=manifests.schema("dynamics_steps")),
-            label="steps",
-        ) as files,
-    ):
-        manifests.write(arguments.out, "dynamics_steps", (pq.read_table(file) for file in files), stage="stages.dynamics.steps",
-                        settings=facts, parents=parents, uses=uses)  # fmt: skip
+    work = Steps(material, rows, probes).of_batch
+    with double(material.model.view.model):
+        write_batches(arguments.out, "dynamics_steps", key, batches, work, "steps", stage="stages.dynamics.steps",
+                      settings=facts, parents=parents, uses=uses)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -14,20 +14,17 @@ the number of probes nor with that of rows. Finished batches are kept, and a kil
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from stages.common import manifests
-from stages.common.batches import kept_batches, planned
+from stages.common.batches import planned
 from stages.common.config import load
 from stages.common.errors import run_stage
 from stages.common.fingerprints import code
 from stages.common.registry import entry
+from stages.dynamics.command import parser, read_probes, write_batches
 from stages.dynamics.items import shard_of
 from stages.families import checkpoint_hash
 
@@ -102,19 +99,13 @@ def values(material: Any, probes: Sequence[Row]) -> Iterator[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--probes", type=Path, required=True, help="manifest of stages.dynamics.select")
-    parser.add_argument("--rows", type=Path, required=True, help="manifest of stages.dynamics.select")
-    parser.add_argument("--candidates", type=Path, nargs="+", required=True, help="candidate manifests of probes and rows")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="the model at which the terms are taken")
-    parser.add_argument("--shard", default="0/1", help="which of how many shards of the probes")
-    parser.add_argument("--out", type=Path, required=True, help="manifest of the terms")
-    parser.add_argument("--values", type=Path, required=True, help="manifest of the model's values before any step")
-    arguments = parser.parse_args()
+    options = parser(__doc__, "the model at which the terms are taken", "manifest of the terms")
+    options.add_argument("--shard", default="0/1", help="which of how many shards of the probes")
+    options.add_argument("--values", type=Path, required=True, help="manifest of the model's values before any step")
+    arguments = options.parse_args()
     config = load(arguments.config)
     family = config.model.family
-    every = [row for row in manifests.read_rows(arguments.probes, "dynamics_probes") if row["alternatives"]]
+    every = read_probes(arguments.probes)
     rows = manifests.read_rows(arguments.rows, "dynamics_rows")
     probes = shard_of(every, arguments.shard)
     from stages.dynamics.material import open_material
@@ -133,20 +124,10 @@ def main() -> None:
     print(f"{len(probes)} probes, {len(rows)} rows and {len(every)} kernel rows, {material.parameters.size:,} parameters: "
           f"{len(held) * len(probes)} gradients of probes, {len(rows) + len(every)} of rows", flush=True)  # fmt: skip
     terms = Terms(material)
-    with (
-        double(material.model.view.model),
-        kept_batches(
-            arguments.out,
-            key,
-            batches,
-            work=terms.of_batch,
-            finish=lambda found: pa.Table.from_pylist(found, schema=manifests.schema("dynamics_terms")),
-            label="terms",
-        ) as files,
-    ):
-        common: Any = {"stage": "stages.dynamics.terms", "settings": facts, "parents": parents, "uses": uses}
+    common: Any = {"stage": "stages.dynamics.terms", "settings": facts, "parents": parents, "uses": uses}
+    with double(material.model.view.model):
         manifests.write(arguments.values, "dynamics_values", list(values(material, probes)), **common)
-        manifests.write(arguments.out, "dynamics_terms", (pq.read_table(file) for file in files), **common)
+        write_batches(arguments.out, "dynamics_terms", key, batches, terms.of_batch, "terms", **common)
 
 
 if __name__ == "__main__":
