@@ -40,7 +40,7 @@ from transformers.models.janus.configuration_janus import JanusVisionConfig, Jan
 from stages.common.errors import UserError, run_stage
 from stages.common.files import aside
 from stages.families.janus.family import ASSISTANT, CHAT_TEMPLATE, USER
-from stages.families.tools.conversion import Weights, look_up, read_json, read_weights
+from stages.families.tools.conversion import Operations, Weights, look_up, read_json, read_weights
 
 TAGS = {"image_token": "<image_placeholder>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
 ALLOWED = 2e-4  # relative; two orders of float32 sums differ by 2.3e-5 at most over 12 sets of codes at 384 px
@@ -298,7 +298,7 @@ def widened(value: Any) -> Any:
 # --- upstream's operations, on upstream's names ----------------------------------------------------------------------
 
 
-class Upstream:
+class Upstream(Operations):
     """What upstream computes from these tensors (janus/models/ modeling_vlm.py, siglip_vit.py, vq_model.py)."""
 
     def __init__(self, weights: Weights, config: LlamaConfig, geometry: Geometry) -> None:
@@ -310,12 +310,6 @@ class Upstream:
         llm.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}, assign=True)
         llm.rotary_emb = type(llm.rotary_emb)(config)  # a buffer, computed and not stored
         self.llm = llm.eval()
-
-    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
-
-    def conv(self, name: str, x: torch.Tensor, **keywords: Any) -> torch.Tensor:
-        return F.conv2d(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"), **keywords)
 
     def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, x.shape[-1:], self.weights[name + ".weight"], self.weights[name + ".bias"], 1e-6)
@@ -343,15 +337,6 @@ class Upstream:
         drawn = self.projected("gen_aligner", self.weights["gen_embed.weight"][codes])
         hidden = self.llm(inputs_embeds=torch.cat([self.llm.embed_tokens(ids), drawn], 1)).last_hidden_state[:, -1]
         return self.linear("gen_head.vision_head", F.gelu(self.linear("gen_head.output_mlp_projector", hidden)))
-
-    def group(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.group_norm(x, 32, self.weights[name + ".weight"], self.weights[name + ".bias"], 1e-6)
-
-    def residual(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        h = self.conv(f"{name}.conv1", F.silu(self.group(f"{name}.norm1", x)), padding=1)
-        h = self.conv(f"{name}.conv2", F.silu(self.group(f"{name}.norm2", h)), padding=1)
-        shortcut = f"{name}.nin_shortcut"
-        return h + (self.conv(shortcut, x) if f"{shortcut}.weight" in self.weights else x)
 
     def attend(self, name: str, x: torch.Tensor) -> torch.Tensor:
         h = self.group(f"{name}.norm", x)

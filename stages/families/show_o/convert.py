@@ -33,7 +33,7 @@ from stages.families.show_o.family import ShowO
 from stages.families.show_o.layout import SPECIAL, add_special_tokens
 from stages.families.show_o.magvit import Geometry, Magvit
 from stages.families.show_o.model import ShowOConfig, ShowOModel, seen_asking
-from stages.families.tools.conversion import Weights, read_json, read_weights
+from stages.families.tools.conversion import Operations, Weights, read_json, read_weights
 
 ALLOWED = 2e-4  # relative; orders of float32 sums differ by less
 REMEDY = "fetch the checkpoint again; Show-o and its variants convert"
@@ -116,15 +116,12 @@ def open_tower(folder: Path | None, path: Path, allow_pickle: bool) -> CLIPVisio
 # --- upstream's operations, on upstream's names ----------------------------------------------------------------------
 
 
-class Upstream:
+class Upstream(Operations):
     """What upstream computes from its tensors: the whole sequence with its pads, at every step, and all logits."""
 
     def __init__(self, weights: Weights, vq: Weights, config: ShowOConfig) -> None:
         self.weights = {name: tensor.float() for name, tensor in (weights | vq).items() if tensor.is_floating_point()}
         self.phi, self.geometry = config.text_config, Geometry(**config.vq_config)
-
-    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weights[name + ".weight"], self.weights[name + ".bias"])
 
     def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weights[name + ".weight"], self.weights[name + ".bias"]
@@ -163,18 +160,6 @@ class Upstream:
 
     def projected(self, features: torch.Tensor) -> torch.Tensor:
         return self.linear("mm_projector.2", F.gelu(self.linear("mm_projector.0", features)))
-
-    def conv(self, name: str, x: torch.Tensor, **keywords: Any) -> torch.Tensor:
-        return F.conv2d(x, self.weights[name + ".weight"], self.weights[name + ".bias"], **keywords)
-
-    def group(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.group_norm(x, 32, self.weights[name + ".weight"], self.weights[name + ".bias"], 1e-6)
-
-    def residual(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        h = self.conv(f"{name}.conv1", F.silu(self.group(f"{name}.norm1", x)), padding=1)
-        h = self.conv(f"{name}.conv2", F.silu(self.group(f"{name}.norm2", h)), padding=1)
-        shortcut = f"{name}.nin_shortcut"
-        return h + (self.conv(shortcut, x) if f"{shortcut}.weight" in self.weights else x)
 
     def middle(self, name: str, x: torch.Tensor) -> torch.Tensor:
         x = self.residual(f"{name}.block_1", x)

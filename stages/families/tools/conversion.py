@@ -1,4 +1,4 @@
-"""Reading checkpoints in the layout of a model's authors, for the converters."""
+"""What the converters share: reading checkpoints in the layout of a model's authors, and the operations of their check."""
 
 from __future__ import annotations
 
@@ -8,12 +8,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from stages.common.errors import UserError
 
 Weights = dict[str, torch.Tensor]
+
+
+class Operations:
+    """Layers by the names of upstream's tensors, as plain functions. A converter checks its model against what they compute.
+
+    weights: float32 tensors by name. The residual block is that of VQGAN, which both tokenizers of images use.
+    """
+
+    weights: Weights
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
+
+    def conv(self, name: str, x: torch.Tensor, **keywords: Any) -> torch.Tensor:
+        return F.conv2d(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"), **keywords)
+
+    def group(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return F.group_norm(x, 32, self.weights[name + ".weight"], self.weights[name + ".bias"], 1e-6)
+
+    def residual(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv(f"{name}.conv1", F.silu(self.group(f"{name}.norm1", x)), padding=1)
+        h = self.conv(f"{name}.conv2", F.silu(self.group(f"{name}.norm2", h)), padding=1)
+        shortcut = f"{name}.nin_shortcut"
+        return h + (self.conv(shortcut, x) if f"{shortcut}.weight" in self.weights else x)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -29,7 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def look_up(fields: dict[str, Any], dotted: str) -> Any:
-    """A field by its path, None where it or a section on the way is absent."""
+    """Return a field by its path, or None if it or a section on the way is absent."""
     found: Any = fields
     for name in dotted.split("."):
         found = found.get(name) if isinstance(found, dict) else None
@@ -37,7 +62,7 @@ def look_up(fields: dict[str, Any], dotted: str) -> Any:
 
 
 def read_file(path: Path) -> Weights:
-    """The tensors of one file by name, memory-mapped. UserError where the file is cut or no file of tensors."""
+    """Return the tensors of one file by name, memory-mapped. Raises UserError if the file is cut or has no tensors."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -51,9 +76,9 @@ def read_file(path: Path) -> Weights:
 
 
 def read_weights(folder: Path, allow_pickle: bool) -> tuple[Weights, dict[str, str]]:
-    """Upstream's tensors by name, and the name of each one's file. Where there is an index, exactly what it names is read.
+    """Return upstream's tensors by name, and the name of each one's file. If there is an index, only what it names is read.
 
-    UserError where a file or tensor of the index is missing, or there are only pickles and they are not allowed.
+    Raises UserError if a file or tensor of the index is missing, or if there are only pickles and they are not allowed.
     """
     safe, pickled = sorted(folder.glob("*.safetensors")), sorted(folder.glob("pytorch_model*.bin"))
     if not safe and not pickled:
