@@ -47,11 +47,12 @@ from stages.common.errors import UserError, run_stage
 from stages.common.files import whole_file
 from stages.common.seeds import hash_seed
 from stages.families import describe
-from stages.tables import Cell, Group, Line, Table, same_benchmark, write
 from stages.tools import arms, cost, forecast, kappa, metrics, rates, recipe
 from stages.tools.forecast import Plan, Value
 from stages.tools.intervals import FEW
+from stages.tools.paper import read_results, same_benchmark
 from stages.tools.rates import Rate
+from stages.tools.result_table import Cell, Group, Line, Table, write
 
 Row = dict[str, Any]
 Place = tuple[str, str]  # a benchmark and one of its categories
@@ -688,7 +689,7 @@ def main() -> None:
     models = read_models(arguments, config, prompts)
     strata = strata_of(config, read_categories(prompts))
     paper = [
-        row for row in forecast.read_results(arguments.paper)
+        row for row in read_results(arguments.paper)
         if (row["row"], row["metric"], row["category"]) == ("base", "non", "overall")
     ]  # fmt: skip
     line = forecast.paper_line(arguments.paper)

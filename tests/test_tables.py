@@ -11,9 +11,11 @@ import yaml
 
 from stages.common import manifests
 from stages.common.config import validate
-from stages.tables import LATEX, MARKDOWN, escaped, read_paper, side_by_side, tabular, understanding
-from stages.tables import Group as Columns
+from stages.tables import understanding
 from stages.tools import recipe
+from stages.tools.paper import read_paper
+from stages.tools.result_table import LATEX, MARKDOWN, escaped, side_by_side, tabular
+from stages.tools.result_table import Group as Columns
 from tests.helpers import ROOT, done, refused, stage
 
 PAPER = ROOT / "stages/paper/results.csv"

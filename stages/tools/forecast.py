@@ -24,7 +24,6 @@ of the training prompts are selected is drawn for each resample.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from scipy.stats import betabinom
 
 from stages.tools import metrics
 from stages.tools.intervals import exact_interval, t_quantile
+from stages.tools.paper import read_results
 
 ROUNDS = 1000  # resamples
 CORRELATION = 0.53  # of the gain in Gen. with Non. before training, over models and subtasks (arXiv 2507.16663)
@@ -257,16 +257,10 @@ class Line:
         return Value(value, value - math.hypot(half, low), value + math.hypot(half, high))
 
 
-def read_results(results: Path) -> list[dict[str, str]]:
-    """Return the rows of the paper's results, as stages/paper/results.csv has them."""
-    with results.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def paper_line(results: Path) -> Line:
     """Return the line through the paper's overall results: Non. of base, and the gain of SFT in Gen., for each benchmark."""
     known = {
-        (row["model"], row["benchmark"], row["row"], row["metric"]): float(row["value"])
+        (row["model"], row["benchmark"], row["row"], row["metric"]): row["value"]
         for row in read_results(results)
         if row["category"] == "overall"
     }
