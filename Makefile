@@ -151,4 +151,4 @@ tiny-model-janus: setup
 	$(BIN)/python -m stages.shapes.train_model --seed $(SEED) --work $(PRETRAINING) --out $(MODEL) --store-as $(STORE_AS)
 
 tiny-model-show_o: setup
-	$(BIN)/python -m stages.shapes.train_show_o --seed $(SEED) --work $(PRETRAINING) --out $(MODEL)
+	$(BIN)/python -m stages.shapes.train_show_o --seed $(SEED) --work $(PRETRAINING) --out $(MODEL) --store-as $(STORE_AS)

@@ -380,13 +380,17 @@ def test_pretraining_asks_what_the_judge_is_asked(family):
     """The loss over cached pictures is that of whole sequences, laid out and seen as in `p_yes`."""
     from stages.shapes.sampling import sample_questions
     from stages.shapes.tiny_janus import QUESTION as TEMPLATE
+    from stages.shapes.train_encoder import HEADS
     from stages.shapes.train_show_o import looking_losses
 
+    width = family.model.get_input_embeddings().embedding_dim
     rng = np.random.default_rng(0)
     scenes = [sample_questions(rng, "pretraining", 4, 0.8) for _ in range(2)]
     asked = [question for scene in scenes for question in scene]
     with torch.no_grad():
-        found, *_ = looking_losses(family, scenes, rng)
+        found = looking_losses(family, scenes, rng, torch.nn.ModuleList(torch.nn.Linear(width, size) for size in HEADS))[
+            "judging"
+        ]
     losses: dict[bool, list[float]] = {True: [], False: []}
     layout = family.layout
     for question in asked:

@@ -34,6 +34,7 @@ from tests.helpers import (
     rerun,
     stage,
 )
+from tests.test_presets import assert_the_tables_are_whole, needs_benchmarks, place, with_phrases  # noqa: F401
 from tests.test_workflow import ended, manifests_of
 
 pytestmark = pytest.mark.slurm
@@ -350,6 +351,18 @@ def test_training_on_two_nodes_follows_one_process(source, local, tmp_path):
     entry = jobs_of(folder, "train")[-1]
     assert (entry["JobState"], entry["NumNodes"], entry["TresPerJob"]) == ("COMPLETED", "2", "gres:gpu:2")
     assert losses(folder / trained)["loss"] == pytest.approx(losses(local / trained)["loss"], abs=1e-4)
+
+
+@needs_benchmarks
+@pytest.mark.faults
+def test_a_preset_ends_with_its_tables(source, place):  # noqa: F811
+    """All suites, judges and scorers of configs/janus-pro-7b.yaml with small weights, on the nodes that the preset asks for."""
+    preset = yaml.safe_load((ROOT / "configs/janus-pro-7b.yaml").read_text())
+    (place / "config.yaml").write_text(yaml.safe_dump(merged(preset, with_phrases(place))))
+    code, output = snakemake(source, place)
+    assert code == 0, output[-5000:]
+    assert_the_tables_are_whole(place / "results/janus-pro-7b")
+    assert {entry["JobState"] for entry in jobs_of(place, "judge_on_gpu")} == {"COMPLETED"}
 
 
 ONE_SHARD = "results/small/base/candidates/validation/0000.parquet"

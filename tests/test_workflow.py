@@ -1,9 +1,11 @@
 """The workflow as users run it: the contents of one real run, and its continuation after being killed."""
 
 import csv
+import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -173,3 +175,16 @@ def test_killed_at_any_moment_one_core_ends_with_the_files_of_two_and_repeats_no
     assert all(path.stat().st_mtime_ns == written for path, written in finished.items())
     assert not list(tmp_path.glob("results/**/*.tmp"))
     assert not list(tmp_path.glob("results/**/*.partial"))
+
+
+@pytest.mark.slow
+def test_learning_dynamics_of_a_finished_run(run, tmp_path):
+    source, finished, _ = run
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    few = {"images": 8, "probes": 4, "alternatives": 2, "rows": 4, "logit_probes": 2, "logit_draws": 2, "step_probes": 2}
+    few |= {"step_sizes": [1.0, 0.5], "segments": 1, "sketch": 64}
+    completed(folder, "--cores", 2, "--config", f"dynamics={json.dumps(few)}", "--", "dynamics", source=source)
+    page = (folder / "results/small/dynamics/page.md").read_text()
+    assert all(kind in page for kind in ("| sft |", "| dpo |"))
+    assert pandas.read_parquet(folder / "results/small/dynamics/claims.parquet").value.notna().any()

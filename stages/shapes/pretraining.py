@@ -33,7 +33,7 @@ from stages.shapes.tiny_janus import CAPTION, PLACE, QUESTION
 SPLIT = "pretraining"
 PEAK_RATE = 5.0e-4  # At 1e-3, the model learns much later where objects are, and with that to judge relations.
 
-Losses = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # of drawing, judging, captioning and telling
+Losses = dict[str, torch.Tensor]  # of each task, by its name
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def answer_losses(
     words: Words,
     questions: int,
     scenes: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Losses:
     """Return the losses of judging, captioning and telling. Right and wrong prompts weigh the same in the loss of judging.
 
     rows, known: of `answer_rows`. padded: the rows, padded on the right. hidden: states `[rows, s - 1, d]` after all but the
@@ -98,7 +98,11 @@ def answer_losses(
     losses = F.cross_entropy(head(hidden[row, column - 1]), labels, reduction="none")
     number = row % (len(rows) // scenes)
     yes, no = (losses[(number < questions) & (labels == answer)] for answer in (words.yes, words.no))
-    return (yes.mean() + no.mean()) / 2, losses[number == questions].mean(), losses[number > questions].mean()
+    return {
+        "judging": (yes.mean() + no.mean()) / 2,
+        "captioning": losses[number == questions].mean(),
+        "telling": losses[number > questions].mean(),
+    }
 
 
 @dataclass
@@ -134,19 +138,15 @@ def pretrain(job: Pretraining, folder: Path, steps: int, seed: int, save_every: 
     for step in range(first, steps):
         rng = np.random.default_rng([seed, step])
         simple = max(0.1, 0.8 - 2.0 * step / steps)  # the fraction of simple prompts falls during training
-        draw, judge, caption, tell = job.losses(rng, simple)
+        losses = job.losses(rng, simple)
         optimizer.zero_grad()
-        (draw + judge + caption + tell).backward()
+        torch.stack(list(losses.values())).sum().backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         done = step + 1
         if done % 50 == 0:
-            print(
-                f"step {done} drawing {draw.item():.4f} judging {judge.item():.4f} captioning {caption.item():.4f} "
-                f"telling {tell.item():.4f}",
-                flush=True,
-            )
+            print(f"step {done}", *(f"{task} {loss.item():.4f}" for task, loss in losses.items()), flush=True)
         if done % save_every == 0 or done == steps:
             print(f"step {done} validation: {json.dumps(job.measure())}", flush=True)
             temporary = state.with_suffix(".tmp")
@@ -174,4 +174,6 @@ def parser(description: str | None, work: str) -> argparse.ArgumentParser:
     result.add_argument("--rate", type=float, default=PEAK_RATE, help="the peak learning rate")
     result.add_argument("--save-every", type=int, default=250)
     result.add_argument("--seed", type=int, default=0)
+    stored = "type of the saved weights; bfloat16 halves the file"
+    result.add_argument("--store-as", choices=["float32", "bfloat16"], default="float32", help=stored)
     return result

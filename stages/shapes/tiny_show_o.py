@@ -19,9 +19,9 @@ VQ = Geometry(
     channels=32,
     bits=7,
     encoder_widths=(1, 1, 1, 1, 1),
-    encoder_blocks=(0, 0, 0, 0, 0),
+    encoder_blocks=(0, 1, 1, 1, 1),  # without blocks, what is between the levels would be linear
     decoder_widths=(1, 1, 1, 1, 1),
-    decoder_blocks=(0, 0, 0, 0, 0),
+    decoder_blocks=(1, 1, 1, 1, 1),
 )
 
 

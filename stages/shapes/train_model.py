@@ -65,7 +65,7 @@ def drawing_loss(model: JanusForConditionalGeneration, ids: torch.Tensor, starts
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-def looking_losses(family: Janus, scenes: list[list[Judged]], rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
+def looking_losses(family: Janus, scenes: list[list[Judged]], rng: np.random.Generator) -> Losses:
     """Return the losses of judging, of captioning and of telling where an object is.
 
     scenes: for each scene the questions about it, the same number for all. Each image is read once, and its questions continue
@@ -122,8 +122,7 @@ def lessons(family: Janus, drawn: int, scenes: int, questions: int) -> Pretraini
         looked = [sample_questions(rng, SPLIT, questions, simple) for _ in range(scenes)]
         with torch.autocast("cpu", torch.bfloat16):
             draw = drawing_loss(model, ids, starts, batches.offset, family.image_length)
-            judge, caption, tell = looking_losses(family, looked, rng)
-        return draw, judge, caption, tell
+            return {"drawing": draw, **looking_losses(family, looked, rng)}
 
     return Pretraining(
         model,
@@ -136,12 +135,6 @@ def lessons(family: Janus, drawn: int, scenes: int, questions: int) -> Pretraini
 
 def main() -> None:
     options = parser(__doc__, "folder of the tokenizer and the encoder, and of saves")
-    options.add_argument(
-        "--store-as",
-        choices=["float32", "bfloat16"],
-        default="float32",
-        help="type of the saved weights; bfloat16 halves the file",
-    )
     arguments = options.parse_args()
     torch.manual_seed(arguments.seed)
     processor = make_processor()

@@ -3,9 +3,13 @@
     python -m stages.shapes.train_show_o --work results/pretraining/show-o-0 --out models/tiny-show-o
 
 The tokenizer is trained as tiny-janus's is (stages/shapes/train_codes.py): code k represents tile k. Its encoder learns the
-bits of the code, and its decoder to draw them. stages/shapes/pretraining.py describes the lessons of the transformer. A drawing
-is taught as Show-o teaches it: codes that a random mask hides are predicted in their places. Pictures are read through their
-codes, so no vision encoder has to learn to see first.
+bits of the code, in scenes and in its own drawings of them, and its decoder learns to draw them.
+
+stages/shapes/pretraining.py describes the lessons of the transformer. A drawing is taught as Show-o teaches it: codes that a
+random mask hides are predicted in their places. Pictures are read through their codes, so no vision encoder has to learn to see
+first. What tiny-janus's encoder learns before (stages/shapes/train_encoder.py) is a fifth lesson here, naming: at each place of
+a picture, the states in the middle of the transformer must tell what is there and on which sides of it objects lie. Without it,
+the judge hardly learns relations.
 """
 
 from __future__ import annotations
@@ -29,10 +33,10 @@ from stages.shapes.grammar import sample_scene
 from stages.shapes.measure import measure
 from stages.shapes.pretraining import SPLIT, Losses, Pretraining, Words, answer_losses, answer_rows, parser, pretrain
 from stages.shapes.sampling import Judged, sample_meaning, sample_questions
-from stages.shapes.scenes import render
+from stages.shapes.scenes import GRID, render
 from stages.shapes.tiny_show_o import VQ, make_config, make_tokenizer
 from stages.shapes.train_codes import sample_grids, to_images, to_pixels
-from stages.shapes.train_encoder import noisy
+from stages.shapes.train_encoder import HEADS, names, noisy
 
 VQ_RATE, SHARPNESS = 4e-3, 4.0
 SAMPLING = ShowOSampling(guidance_scale=0.0, steps=8)
@@ -58,7 +62,9 @@ def train_codes(steps: int, batch: int, seed: int) -> Magvit:
         images = render(grids)
         codes = torch.from_numpy(grids).flatten(1)
         with torch.autocast("cpu", torch.bfloat16):
-            seen, drawn = model.encoder(to_pixels(noisy(images, rng))), model.decode(codes)
+            drawn = model.decode(codes)
+            read_too = drawn[batch // 2 :].detach().float()  # the judge reads the model's drawings
+            seen = model.encoder(torch.cat([to_pixels(noisy(images[: batch // 2], rng)), read_too]))
         read = F.binary_cross_entropy_with_logits(SHARPNESS * seen.float(), (model.latents(codes) + 1) / 2)
         draw = F.mse_loss(drawn.float(), to_pixels(images))
         optimizer.zero_grad()
@@ -111,9 +117,9 @@ def drawing_loss(family: ShowO, rng: np.random.Generator, count: int, simple: fl
     return -family.model(**arguments).mean()
 
 
-def looking_losses(family: ShowO, scenes: list[list[Judged]], rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
-    """Return the losses of judging, captioning and telling. Each picture is read once, as codes, and its questions continue
-    from the cached keys and values."""
+def looking_losses(family: ShowO, scenes: list[list[Judged]], rng: np.random.Generator, heads: nn.ModuleList) -> Losses:
+    """Return the losses of judging, captioning, telling and naming. Each picture is read once, as codes, and its questions
+    continue from the cached keys and values. heads: one for each of `train_encoder.names`."""
     model, layout = family.model, family.layout
     codes = np.stack([asked[0].grid.ravel() for asked in scenes]).astype(np.int64)
     pictures = [layout.asking(row.tolist(), "") for row in codes]
@@ -129,12 +135,13 @@ def looking_losses(family: ShowO, scenes: list[list[Judged]], rng: np.random.Gen
     llm, cache = model.llm.model, DynamicCache(config=model.llm.config)
     everything = torch.ones(1, shared, shared, dtype=torch.bool)
     inputs = model.embedded(torch.tensor([picture[:shared] for picture in pictures]))
-    llm(
+    states = llm(
         inputs_embeds=inputs,
         attention_mask=model.attention_mask(everything, inputs.dtype),
         past_key_values=cache,
         use_cache=True,
-    )
+        output_hidden_states=True,
+    ).hidden_states
     cache.batch_repeat_interleave(len(rows) // len(scenes))
     width = max(map(len, rows))
     padded = torch.tensor([row + [layout.pad] * (width - len(row)) for row in rows])
@@ -142,7 +149,13 @@ def looking_losses(family: ShowO, scenes: list[list[Judged]], rng: np.random.Gen
     seen = torch.cat([torch.ones(width - 1, shared, dtype=torch.bool), torch.ones(width - 1, width - 1).tril().bool()], 1)
     mask = model.attention_mask(seen[None], inputs.dtype)
     hidden = llm(inputs_embeds=inputs, attention_mask=mask, past_key_values=cache, use_cache=True).last_hidden_state
-    return answer_losses(rows, known, padded, hidden, model.llm.lm_head, words, len(scenes[0]), len(scenes))
+    losses = answer_losses(rows, known, padded, hidden, model.llm.lm_head, words, len(scenes[0]), len(scenes))
+    middle = F.layer_norm(states[len(states) // 2][:, 2 : 2 + family.places], [states[0].shape[-1]])
+    grids = codes.reshape(-1, GRID, GRID)
+    named = [
+        F.cross_entropy(head(middle).flatten(0, 1), label.flatten()) for head, label in zip(heads, names(grids), strict=True)
+    ]
+    return losses | {"naming": torch.stack(named).mean()}
 
 
 def initialise(model: ShowOModel) -> None:
@@ -157,23 +170,23 @@ def initialise(model: ShowOModel) -> None:
 
 def lessons(family: ShowO, drawn: int, scenes: int, questions: int) -> Pretraining:
     """Return what the loop needs. drawn, scenes, questions: see the options of the command."""
+    heads = nn.ModuleList(nn.Linear(family.model.get_input_embeddings().embedding_dim, size) for size in HEADS)
+    trained = nn.ModuleList([family.model, heads])
 
     def losses(rng: np.random.Generator, simple: float) -> Losses:
         looked = [sample_questions(rng, SPLIT, questions, simple) for _ in range(scenes)]
         with torch.autocast("cpu", torch.bfloat16):
-            draw = drawing_loss(family, rng, drawn, simple)
-            judge, caption, tell = looking_losses(family, looked, rng)
-        return draw, judge, caption, tell
+            return {"drawing": drawing_loss(family, rng, drawn, simple), **looking_losses(family, looked, rng, heads)}
 
     def figures() -> dict[str, float]:
         return measure(family, "validation", 480, 1, SAMPLING)
 
-    return Pretraining(family.model, list(family.model.parameters()), lambda name: True, losses, figures)
+    return Pretraining(trained, list(trained.parameters()), lambda name: True, losses, figures)
 
 
 def main() -> None:
     options = parser(__doc__, "folder of the image tokenizer, which is trained if it is not there, and of saves")
-    options.add_argument("--code-steps", type=int, default=1500, help="steps of the image tokenizer")
+    options.add_argument("--code-steps", type=int, default=2000, help="steps of the image tokenizer")
     arguments = options.parse_args()
     vq = image_tokenizer(arguments.work, arguments.code_steps, arguments.seed)
     torch.manual_seed(arguments.seed)
@@ -184,6 +197,7 @@ def main() -> None:
     family = ShowO(model, vq, tokenizer)
     job = lessons(family, arguments.drawn, arguments.scenes, arguments.questions)
     pretrain(job, arguments.work, arguments.steps, arguments.seed, arguments.save_every, arguments.rate)
+    family.model.to(getattr(torch, arguments.store_as))
     family.save(arguments.out)
     print(json.dumps({"checkpoint": str(arguments.out), "steps": arguments.steps}))
 

@@ -66,4 +66,5 @@ def dynamics_minutes(work):
         "embed": prompt_count("train") * settings.generate.candidates / len(PIECES),
         "sketch": (chosen.probes + 2 * chosen.rows) / len(PIECES),
     }[work]
-    return lambda wildcards, attempt: attempt * int(30 + 3 * cost.SECONDS["judge"] * GIGABYTES * images / 60)
+    seconds = 3 * cost.SECONDS["judge"] * images
+    return lambda wildcards, attempt: attempt * int(30 + seconds * gigabytes(wildcards.get("node", "base")) / 60)
