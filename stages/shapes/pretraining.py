@@ -48,6 +48,11 @@ class Words:
     end: int
 
 
+def simple_share(done: float) -> float:
+    """Return the fraction of simple prompts, which falls as training goes on. done: the part of it that is behind."""
+    return max(0.1, 0.8 - 2.0 * done)
+
+
 def told_places(grid: np.ndarray, rng: np.random.Generator) -> list[tuple[str, str]]:
     """Return two questions about places for a scene's rows of telling, as phrase and answer, which may both be empty."""
     return [*sample_places(grid, rng), ("", ""), ("", "")][:2]
@@ -110,7 +115,8 @@ class Pretraining:
     """What a family brings to the loop.
 
     model: what is saved in between. trained: its trained parameters. kept: whether a tensor of its state is saved.
-    losses: from the step's generator and the share of simple prompts to the losses of a batch. measure: figures on validation.
+    losses: from the step's generator and the part of the training that is done to the losses of a batch. measure: figures on
+    validation.
     """
 
     model: nn.Module
@@ -137,8 +143,7 @@ def pretrain(job: Pretraining, folder: Path, steps: int, seed: int, save_every: 
         print(f"continuing at step {first}", flush=True)
     for step in range(first, steps):
         rng = np.random.default_rng([seed, step])
-        simple = max(0.1, 0.8 - 2.0 * step / steps)  # the fraction of simple prompts falls during training
-        losses = job.losses(rng, simple)
+        losses = job.losses(rng, step / steps)
         optimizer.zero_grad()
         torch.stack(list(losses.values())).sum().backward()
         nn.utils.clip_grad_norm_(trained, 1.0)

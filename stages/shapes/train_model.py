@@ -20,7 +20,17 @@ from stages.families.janus.family import Janus
 from stages.families.janus.training import looked_at
 from stages.shapes.grammar import sample_scene
 from stages.shapes.measure import measure
-from stages.shapes.pretraining import SPLIT, Losses, Pretraining, Words, answer_losses, answer_rows, parser, pretrain
+from stages.shapes.pretraining import (
+    SPLIT,
+    Losses,
+    Pretraining,
+    Words,
+    answer_losses,
+    answer_rows,
+    parser,
+    pretrain,
+    simple_share,
+)
 from stages.shapes.sampling import Judged, sample_meaning, sample_questions
 from stages.shapes.scenes import render
 from stages.shapes.tiny_janus import CAPTION, QUESTION, make_config, make_processor
@@ -117,7 +127,8 @@ def lessons(family: Janus, drawn: int, scenes: int, questions: int) -> Pretraini
     model, batches = family.model, Batches(family, drawn)
     frozen = set(model.model.vqmodel.parameters())
 
-    def losses(rng: np.random.Generator, simple: float) -> Losses:
+    def losses(rng: np.random.Generator, done: float) -> Losses:
+        simple = simple_share(done)
         ids, starts = batches.draw(rng, simple)
         looked = [sample_questions(rng, SPLIT, questions, simple) for _ in range(scenes)]
         with torch.autocast("cpu", torch.bfloat16):

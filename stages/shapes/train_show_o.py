@@ -9,7 +9,8 @@ stages/shapes/pretraining.py describes the lessons of the transformer. A drawing
 random mask hides are predicted in their places. Pictures are read through their codes, so no vision encoder has to learn to see
 first. What tiny-janus's encoder learns before (stages/shapes/train_encoder.py) is a fifth lesson here, naming: at each place of
 a picture, the states in the middle of the transformer must tell what is there and on which sides of it objects lie. Without it,
-the judge hardly learns relations.
+the judge hardly learns relations. Looking is learned long before drawing, so the later part of the training has more drawings
+and fewer scenes in a step.
 """
 
 from __future__ import annotations
@@ -31,7 +32,17 @@ from stages.families.show_o.model import ShowOModel
 from stages.shapes import oracle
 from stages.shapes.grammar import sample_scene
 from stages.shapes.measure import measure
-from stages.shapes.pretraining import SPLIT, Losses, Pretraining, Words, answer_losses, answer_rows, parser, pretrain
+from stages.shapes.pretraining import (
+    SPLIT,
+    Losses,
+    Pretraining,
+    Words,
+    answer_losses,
+    answer_rows,
+    parser,
+    pretrain,
+    simple_share,
+)
 from stages.shapes.sampling import Judged, sample_meaning, sample_questions
 from stages.shapes.scenes import GRID, render
 from stages.shapes.tiny_show_o import VQ, make_config, make_tokenizer
@@ -39,8 +50,9 @@ from stages.shapes.train_codes import sample_grids, to_images, to_pixels
 from stages.shapes.train_encoder import HEADS, names, noisy
 
 VQ_RATE, SHARPNESS = 4e-3, 4.0
-SAMPLING = ShowOSampling(guidance_scale=0.0, steps=8)
+SAMPLING = ShowOSampling(guidance_scale=1.0, steps=16)  # with less guidance objects are missing, with more there are too many
 DROPOUT = 0.1  # share of drawings without their prompt
+LATE = 0.375  # the part of the training after which a step has four times as many drawings and half as many scenes
 
 
 # --- the image tokenizer ---------------------------------------------------------------------------------------------
@@ -173,10 +185,12 @@ def lessons(family: ShowO, drawn: int, scenes: int, questions: int) -> Pretraini
     heads = nn.ModuleList(nn.Linear(family.model.get_input_embeddings().embedding_dim, size) for size in HEADS)
     trained = nn.ModuleList([family.model, heads])
 
-    def losses(rng: np.random.Generator, simple: float) -> Losses:
-        looked = [sample_questions(rng, SPLIT, questions, simple) for _ in range(scenes)]
+    def losses(rng: np.random.Generator, done: float) -> Losses:
+        simple, late = simple_share(done), done >= LATE
+        looked = [sample_questions(rng, SPLIT, questions, simple) for _ in range(scenes // 2 if late else scenes)]
         with torch.autocast("cpu", torch.bfloat16):
-            return {"drawing": drawing_loss(family, rng, drawn, simple), **looking_losses(family, looked, rng, heads)}
+            draw = drawing_loss(family, rng, 4 * drawn if late else drawn, simple)
+            return {"drawing": draw, **looking_losses(family, looked, rng, heads)}
 
     def figures() -> dict[str, float]:
         return measure(family, "validation", 480, 1, SAMPLING)
