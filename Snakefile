@@ -22,6 +22,7 @@ include: "workflow/rules/session.smk"
 include: "workflow/rules/prompts.smk"
 include: "workflow/rules/candidates.smk"
 include: "workflow/rules/scores.smk"
+include: "workflow/rules/rescore.smk"
 include: "workflow/rules/evaluation.smk"
 include: "workflow/rules/audit.smk"
 

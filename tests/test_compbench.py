@@ -25,7 +25,7 @@ from stages.suites.phrases import CLOSED, DROPPED, RELATIONS, VERBS, noun_phrase
 from stages.suites.t2i_compbench import CATEGORIES, CompbenchPrompts, rows
 from tests.helpers import BENCHMARKS, ROOT, done, refused, stage
 from tests.test_judges import write_images
-from tests.tiny_judges import write_tiny_blip, write_tiny_clip, write_tiny_detector
+from tests.tiny_judges import write_tiny_blip, write_tiny_clip, write_tiny_depth_anything, write_tiny_detector
 
 PUBLISHED = BENCHMARKS / "t2i_compbench"
 published = pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the benchmark's prompt files are not beside the repository")
@@ -107,6 +107,7 @@ def test_the_published_prompts_are_read_and_follow_their_templates(split, size):
         assert all(("relation" in one) == (one["kind"] != "action") for one in known)
         kinds = Counter(json.loads(row["metadata"])["kind"] for row in found if row["category"] == "complex")
         assert kinds == {"spatial": 58, "action": 213, "both": 29}  # upstream's lists: 58, 212 and 30
+        assert Counter(one.get("relation") for one in known)["on top of"] == 33  # to which upstream's formula always gives 0
 
 
 @published
@@ -315,23 +316,59 @@ def test_spatial_by_hand(detections, claim, upstream, mended):
 
 
 def test_depth_by_hand():
+    def mended(found, claim, depth):
+        return rules.spatial_3d(rules.with_depth(found, depth), claim)
+
+    def upstream(found, claim, depth):
+        return rules.spatial_3d_upstream(rules.with_depth(found, depth), claim)
+
     depth = np.zeros((200, 500))
     depth[:, :200] = 1  # the left part is nearer
     cat_before_dog = Claim("cat", "in front of", "dog")
     apart = two("cat", "dog")
-    assert rules.spatial_3d(apart, cat_before_dog, depth) == pytest.approx(0.85)
-    assert rules.spatial_3d(apart, Claim("cat", "behind", "dog"), depth) == pytest.approx(0.35)
-    assert rules.spatial_3d(apart, Claim("dog", "hidden", "cat"), depth) == pytest.approx(0.35)  # apart, so nothing is hidden
-    assert rules.spatial_3d_upstream(apart, cat_before_dog, depth) == pytest.approx(0.35)
+    assert mended(apart, cat_before_dog, depth) == pytest.approx(0.85)
+    assert mended(apart, Claim("cat", "behind", "dog"), depth) == pytest.approx(0.35)
+    assert mended(apart, Claim("dog", "hidden", "cat"), depth) == pytest.approx(0.35)  # apart, so nothing is hidden
+    assert upstream(apart, cat_before_dog, depth) == pytest.approx(0.35)
     over = two("cat", "dog", ((0, 0, 100, 100), (0, 50, 100, 150)))  # a third of their union is common
     upright = np.zeros((200, 500))
     upright[:75] = 1  # the upper part is nearer
-    assert rules.spatial_3d(over, cat_before_dog, upright) == pytest.approx(0.85)
-    assert rules.spatial_3d_upstream(over, cat_before_dog, upright) == pytest.approx(0.35)  # it compares columns
-    assert rules.spatial_3d_upstream(over, cat_before_dog, upright.T) == pytest.approx(0.35 + 0.5 * (1 / 3) / 0.5)
+    assert mended(over, cat_before_dog, upright) == pytest.approx(0.85)
+    assert upstream(over, cat_before_dog, upright) == pytest.approx(0.35)  # it compares columns
+    assert upstream(over, cat_before_dog, upright.T) == pytest.approx(0.35 + 0.5 * (1 / 3) / 0.5)
     beyond = two("cat", "dog", ((300, 0, 400, 100), (300, 50, 400, 150)))  # no such row: the mean is NaN
-    assert rules.spatial_3d_upstream(beyond, Claim("cat", "behind", "dog"), depth) == pytest.approx(0.35)
-    assert rules.spatial_3d_upstream([Detection("carrot", 0.8, LEFT)], Claim("car", "behind", "dog"), depth) == 0.2
+    assert upstream(beyond, Claim("cat", "behind", "dog"), depth) == pytest.approx(0.35)
+    assert upstream([Detection("carrot", 0.8, LEFT)], Claim("car", "behind", "dog"), depth) == 0.2
+
+
+def test_scores_follow_from_an_answer_under_either_rule():
+    def prompt(category: str, relation: str, **more: str) -> dict:
+        metadata = {"first": "cat", "relation": relation, "second": "dog"} | more
+        return {"prompt": f"a cat {relation} a dog", "category": category, "metadata": json.dumps(metadata)}
+
+    def scores(kind: str, row: dict, answer: str, **settings) -> list[float]:
+        found = judge_kind(kind)
+        chosen = (found.settings(kind=kind, **{key: one(value) for key, one in settings.items()}) for value in both)
+        return [found.from_answer(one, row, answer).score for one in chosen]
+
+    both = ("mended", "upstream")
+    boxes = [["cat", 0.8, [*LEFT]], ["dog", 0.6, [*RIGHT]]]
+    detector = {"checkpoint": lambda rule: "d", "rules": lambda rule: rule}
+    near = prompt("spatial", "near")
+    assert scores("detector", near, json.dumps(boxes), **detector) == pytest.approx([0.6, 0.85])  # as by hand above
+    deep = [[*boxes[0], 0.9, 0.2], ["dog", 0.6, [0, 50, 100, 150], 0.1, None]]  # upstream's second box has no pixel
+    front = prompt("3d_spatial", "in front of")
+    assert scores("detector", front, json.dumps(deep), **detector) == pytest.approx([0.85, 0.35])
+    parts = {
+        "attributes": lambda rule: {"kind": "blip-vqa", "checkpoint": "b", "phrases": "p"},
+        "relation": lambda rule: {"kind": "detector", "checkpoint": "d", "rules": rule},
+        "action": lambda rule: {"kind": "clip-score", "checkpoint": "c"},
+    }
+    told = {"kind": "both", "attributes": 0.5, "action": 0.25, "detections": boxes}
+    found = scores("three-in-one", prompt("complex", "near", kind="both"), json.dumps(told), **parts)
+    assert found == pytest.approx([(0.5 + 0.25 + 0.6) / 3, (0.5 + 0.25 + 0.85) / 3])
+    with pytest.raises(ValueError, match="without the depth"):
+        scores("detector", front, json.dumps(boxes), **detector)
 
 
 def test_numeracy_by_hand():
@@ -485,7 +522,7 @@ def test_depth_agrees_with_an_independent_formulation(mended):
                 position = 0.0 if not nearer or share == 0.5 else min(1.0, share * 2)
             expected += position / 2
             seen[position > 0] += 1
-        score = (rules.spatial_3d if mended else rules.spatial_3d_upstream)(found, claim, depth)
+        score = (rules.spatial_3d if mended else rules.spatial_3d_upstream)(rules.with_depth(found, depth), claim)
         assert score == pytest.approx(expected), (found, claim)
     assert seen[True] > 30
 
@@ -587,6 +624,20 @@ def judged(folder, name: str, settings: dict) -> list[dict]:
     result = run_judge(folder, name, settings)
     assert result.returncode == 0, result.stderr
     return manifests.read_rows(folder / "verdicts.parquet", "verdicts")
+
+
+def run_rescore(folder, name: str, settings: dict, *arguments: str):
+    """Score the verdicts of the last judge again, as another judge would."""
+    (folder / "config.yaml").write_text(yaml.safe_dump({"run": "x", "judges": {name: settings}}))
+    files = ("--prompts", folder / "prompts.parquet", "--verdicts", folder / "verdicts.parquet")
+    out = ("--out", folder / "scored.parquet")
+    return stage("rescore", "--config", folder / "config.yaml", "--judge", name, *files, *arguments, *out)
+
+
+def rescored(folder, name: str, settings: dict, *arguments: str) -> list[dict]:
+    result = run_rescore(folder, name, settings, *arguments)
+    assert result.returncode == 0, result.stderr
+    return manifests.read_rows(folder / "scored.parquet", "verdicts")
 
 
 def chances(verdict: Verdict) -> list[float]:
@@ -776,18 +827,62 @@ def test_a_detector_scores_by_category(detector, tmp_path):
     alone = [opened("detector", **settings, batch_size=1)([item])[0] for item in items]
     for item, one, other in zip(items, together, alone, strict=True):
         assert one.score == pytest.approx(other.score, abs=1e-4)
-        listed = [Detection(label, chance, tuple(box)) for label, chance, box in json.loads(one.answer)]
+        kept = json.loads(one.answer)
+        listed = [Detection(label, chance, tuple(box)) for label, chance, box, *_ in kept]
         assert 0 < len(listed) <= 20
+        assert {len(row) for row in kept} == {5 if item.prompt["category"] == "3d_spatial" else 3}
         assert {detection.label for detection in listed} <= {"cat", "dog", "person"}
         assert all(0 <= x0 <= x1 <= 384 and 0 <= y0 <= y1 <= 480 for x0, y0, x1, y1 in (one.box for one in listed))
         if item.prompt["category"] == "numeracy":
             assert one.score == rules.numeracy(listed, [(2, "cat"), (1, "woman")])
-    judged_rows = judged(tmp_path, "objects", settings | {"kind": "detector", "device": "cpu", "rules": "upstream"})
-    assert [row["answer"] for row in judged_rows] == [verdict.answer for verdict in together]
+    upstream = {"kind": "detector", "device": "cpu", "threshold": 0.3, "rules": "upstream"} | settings
+    looked = judged(tmp_path, "objects", upstream)
+    assert [row["answer"] for row in looked] == [verdict.answer for verdict in together]
+    # The other rules need no image: they give the same verdicts on the answers of the first judge.
+    first = judged(tmp_path, "objects", settings | {"kind": "detector", "device": "cpu"})
+    again = rescored(tmp_path, "objects-upstream", upstream)
+    assert [row | {"judge": "objects"} for row in again] == looked
+    assert rescored(tmp_path, "objects-upstream", upstream, "--categories", "3d_spatial") == again[2::3]
+    for item, one in zip(items, together, strict=True):
+        chosen = judge_kind("detector").settings(kind="detector", **settings)
+        assert judge_kind("detector").from_answer(chosen, item.prompt, one.answer) == one
+    for broken in ("no JSON", '[["cat", 0.5, [0, 0, 9, 9]]]'):
+        rows_of = [row | {"answer": broken} for row in first]
+        manifests.write(tmp_path / "verdicts.parquet", "verdicts", rows_of, stage="stages.judge")
+        refused(run_rescore(tmp_path, "objects-upstream", upstream), "verdicts.parquet: image c0", "remove the file")
     with pytest.raises(UserError, match="3d_spatial needs a depth model; set depth"):
         opened("detector", **settings | {"depth": None})(items)
     with pytest.raises(UserError, match="of category color: the judge detector scores spatial"):
         opened("detector", **settings)([Item("c", {"prompt": "a red cat", "category": "color"}, drawn[0])])
+
+
+def test_depth_is_that_of_depth_anything(detector, tmp_path):
+    import torch
+    from PIL import Image
+    from transformers import DepthAnythingForDepthEstimation
+
+    folder = write_tiny_depth_anything(tmp_path / "depth-anything")
+    prompt = {"prompt": "a cat behind a dog", "category": "3d_spatial"}
+    prompt["metadata"] = json.dumps({"first": "cat", "relation": "behind", "second": "dog"})
+    image = np.random.default_rng(0).integers(0, 256, (80, 64, 3)).astype(np.uint8)
+    settings = {"checkpoint": str(detector / "rt-detr"), "depth": str(folder), "detection_threshold": 0.01}
+    rows_found = json.loads(opened("detector", **settings)([Item("c", prompt, image)])[0].answer)
+    # The model's own map of the squeezed picture, with ImageNet's statistics and from 0 (far) to 1 (near).
+    picture = np.asarray(Image.fromarray(image).resize((56, 56), Image.Resampling.BICUBIC)) / 255
+    pixels = (picture - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    model = DepthAnythingForDepthEstimation.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        depth = model(pixel_values=torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None]).predicted_depth
+    depth = (depth - depth.min()) / (depth.max() - depth.min())
+    depth = torch.nn.functional.interpolate(depth[None], size=(480, 384), mode="bilinear", align_corners=True)[0, 0].numpy()
+    assert depth.std() > 0.05
+    assert rows_found
+    for _, _, box, mean, _ in rows_found:
+        x0, y0, x1, y1 = map(int, box)
+        assert mean == pytest.approx(depth[y0:y1, x0:x1].mean(), abs=0.01)
+    far = write_tiny_depth_anything(tmp_path / "metric", "metric")
+    with pytest.raises(UserError, match=r"metric/config.json: a model of metric depth, whose large values are far; set depth"):
+        judge_kind("detector").files(judge_kind("detector").settings(kind="detector", **settings | {"depth": str(far)}))
 
 
 def test_detections_are_those_of_transformers_postprocessing():
@@ -837,8 +932,22 @@ def test_three_in_one_averages_what_the_three_judges_say(blip, clip, detector, t
         kinds = {name: {key: value for key, value in parts[name].items() if key not in ("kind", "device")} for name in wanted}
         scores = [opened(parts[name]["kind"], **kinds[name])([item])[0].score for name in wanted]
         assert row["score"] == pytest.approx(sum(scores) / len(scores), abs=1e-4)
-        assert row["answer"].startswith(["spatial: ", "both: ", "action: "][place % 3])
+        told = json.loads(row["answer"])
+        assert told["kind"] == ["spatial", "both", "action"][place % 3]
+        assert [told[name] for name in wanted] == pytest.approx(scores, abs=1e-4)
+        assert ("detections" in told) == (place % 3 < 2)
         assert row["verdict"] is None
+    upstream = parts | {"relation": parts["relation"] | {"rules": "upstream"}}
+    again = rescored(tmp_path, "complex", {"kind": "three-in-one"} | upstream)
+    assert judged(tmp_path, "complex", {"kind": "three-in-one"} | upstream) == again
+    three = judge_kind("three-in-one")
+    chosen = three.settings(kind="three-in-one", **parts)
+    for item, row in zip(items, found, strict=True):
+        same = three.from_answer(chosen, item.prompt, row["answer"])
+        assert (same.score, same.answer) == (row["score"], row["answer"])
+    assert three.from_answer(chosen, prompts[0], "the prompt has no noun phrase").matches is None
+    with pytest.raises(ValueError, match="not an answer of the judge three-in-one"):
+        three.from_answer(chosen, prompts[0], "spatial: attributes 0.1")
     with pytest.raises(UserError, match="prompt 'a red cat': the judge three-in-one scores only complex"):
         opened_three = judge_kind("three-in-one")
         opened_three.open(opened_three.settings(kind="three-in-one", **parts))([Item("c", {"prompt": "a red cat"}, drawn[0])])

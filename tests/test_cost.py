@@ -54,6 +54,37 @@ def test_a_scorer_sees_its_own_categories_only():
     assert total(works, "external", judge="shapes", node="base") == 12 * 2
 
 
+def test_a_judge_that_reads_the_answers_of_another_one_sees_nothing():
+    boxes = {"kind": "detector", "checkpoint": "dfine"}
+    judges = {"boxes": boxes, "again": boxes | {"rules": "upstream"}, "finer": boxes | {"detection_threshold": 0.1}}
+    chosen = {"scorers": {"complex": "boxes"}, "second_scorers": {"complex": "again", "color": "finer"}}
+    works = cost.works_of(config_of(judges=judges, benchmarks={"validation": chosen}), PROMPTS)
+    assert total(works, "external", judge="boxes", node="base") == 4 * 2
+    assert total(works, "external", judge="finer", node="base") == 8 * 2
+    assert not [work for work in works if work.judge == "again"]
+
+
+def test_an_audit_counts_what_its_models_draw_and_judge():
+    config = load(ROOT / "configs/tiny-audit.yaml")
+    assert list(config.audit.models) == ["tiny-janus", "tiny-janus-cool", "tiny-janus-hot"]
+    works = cost.works_of(config, {"validation": PROMPTS["validation"]})
+    assert {(work.kind, work.node, work.count) for work in works} == {
+        (kind, model, 12) for kind in ("draw", "judge", "external") for model in config.audit.models
+    }
+    chosen = config.audit.model_copy(update={"judges": ["people"]})
+    people = config.model_copy(update={"audit": chosen, "judges": {"people": config.judge("shapes")}})
+    assert total(cost.works_of(people, {"validation": PROMPTS["validation"]}), "external", judge="people") == 3 * 12
+    text = done("tools.cost", "--configfile", ROOT / "configs/tiny-audit.yaml").stdout
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "Run tiny-audit from its beginning. An audit." in lines
+    assert lines.count("validation 720 3 models") == 2  # 240 prompts, drawn and judged
+    assert "shapes, kind shapes 720 3 models" in lines
+    assert "Training" not in text
+    size = sum(path.stat().st_size for path in describe("janus").files(TINY, "draw")) / 1e9
+    drawing = next(line for line in lines if line.startswith("tiny-janus-hot, drawing"))
+    assert float(drawing.split()[2]) == pytest.approx(cost.SECONDS["draw"] * size * 240 / 3600, rel=0.01)
+
+
 def test_an_oracle_judges_the_training_images_and_the_pool_in_place_of_the_model():
     truth = {"objective": "sft", "epochs": 2, "replay_epochs": [1], "pairs": {"filter": "oracle", "oracle": "shapes"}}
     works = cost.works_of(

@@ -71,7 +71,7 @@ def test_the_page_on_evaluation_lists_every_suite_and_judge():
 
 LIGHT = (
     *("prompts", "pairs", "controls", "schedule", "replay"),
-    *("evaluate", "report", "tables", "judge_report", "count_answers", "learning_curves", "audit", "browse"),
+    *("evaluate", "rescore", "report", "tables", "judge_report", "count_answers", "learning_curves", "audit", "browse"),
     *("dynamics.select", "dynamics.claims", "dynamics.page"),
 )
 

@@ -1,4 +1,4 @@
-"""The presets for Janus-Pro with the published prompts, and small checkpoints where the presets look for their own."""
+"""The presets for Janus-Pro and Show-o with the published prompts, and small checkpoints in the place of their own."""
 
 import subprocess
 import sys
@@ -8,16 +8,21 @@ import pytest
 import yaml
 
 from stages.common.config import load
+from stages.tools.rescoring import source_of
 from tests.helpers import BENCHMARKS, ROOT, TINY, completed, done, environment, merged, refused
 from tests.test_science import APPLE, LAPTOP, write_benchmark
 from tests.tiny_judges import write_tiny_blip, write_tiny_clip, write_tiny_detector, write_tiny_geneval
+from tests.tiny_show_o import write_tiny_show_o
 from tests.tiny_vlm import write_tiny_vlm
 
 JUDGES = {
-    "t2i-compbench": ["qwen", "attributes", "objects", "objects-upstream", "action", "all-three"],
+    "t2i-compbench": ["qwen", "attributes", "objects", "action", "all-three"],
     "geneval": ["qwen", "geneval"],
     "science-t2i": ["qwen", "science"],
 }
+# The checkpoints that each preset evaluates. HermesFlow is a checkpoint of Show-o.
+ARMS = ["base", "sft", "dpo", "c-sft", "c-dpo"]
+EVALUATED = {"janus-pro-7b": ARMS, "janus-pro-1b": ARMS, "show-o": ["hermesflow", *ARMS]}
 UNDERSTANDING = ("pope", "mmb", "gqa", "mmmu", "seed")
 # Everything of a preset but its understanding benchmarks, with few prompts and one arm, so that it runs on a laptop.
 FEW = {
@@ -59,7 +64,7 @@ def place(tmp_path_factory):
     write_tiny_detector(folder / "written")
     write_tiny_geneval(folder / "written")
     names = {
-        "rt-detr": "dfine-objects365",
+        "rt-detr": "dfine_x_obj365",
         "dpt": "dpt-hybrid-midas",
         "detector": "mask2former-swin-small-coco-instance",
         "clip": "clip-vit-large-patch14",
@@ -68,53 +73,60 @@ def place(tmp_path_factory):
         (folder / "written" / old).rename(checkpoints / new)
     for size in ("7B", "1B"):
         (checkpoints / f"Janus-Pro-{size}").symlink_to(TINY)
+    for seed, name in enumerate(("show-o-512x512", "HermesFlow")):
+        write_tiny_show_o(checkpoints / name, seed=seed)
     return folder
 
 
-def run_preset(folder, size: str, *arguments: object, **changes) -> subprocess.CompletedProcess:
+def run_preset(folder, preset: str, *arguments: object, **changes) -> subprocess.CompletedProcess:
     """Run snakemake with a preset and with changes laid over it."""
     (folder / "config.yaml").write_text(yaml.safe_dump(changes))
-    files = ("--configfile", ROOT / f"configs/janus-pro-{size}.yaml", folder / "config.yaml")
+    files = ("--configfile", ROOT / f"configs/{preset}.yaml", folder / "config.yaml")
     command = list(map(str, ("snakemake", "--directory", folder, *files, *arguments)))
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
 
 
-def dry_run(folder, size: str, *arguments: object, **changes) -> subprocess.CompletedProcess:
+def dry_run(folder, preset: str, *arguments: object, **changes) -> subprocess.CompletedProcess:
     asked = {name: {"python": sys.executable} for name in UNDERSTANDING}  # planning only looks whether it is there
-    return run_preset(folder, size, "-n", *arguments, **{"generate": {"shards": 2}, "understanding": asked} | changes)
+    return run_preset(folder, preset, "-n", *arguments, **{"generate": {"shards": 2}, "understanding": asked} | changes)
 
 
 @needs_benchmarks
-@pytest.mark.parametrize("size", ["7b", "1b"])
-def test_a_preset_plans_all_benchmarks_with_their_judges(size, place):
-    result = dry_run(place, size, "--printshellcmds")
+@pytest.mark.parametrize("preset", EVALUATED)
+def test_a_preset_plans_all_benchmarks_with_their_judges(preset, place):
+    result = dry_run(place, preset, "--printshellcmds")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr
     judged = [line for line in result.stdout.splitlines() if "python -m stages.judge " in line]
     found = Counter(
         (line.split("--judge ")[1].split()[0], line.split("--prompts ")[1].split()[0].split("/")[-1].removesuffix(".parquet"))
         for line in judged
     )
-    # Two shards for base and each of the four arms.
-    assert found == {(judge, name): 10 for name, judges in JUDGES.items() for judge in judges}
+    shards = 2 * len(EVALUATED[preset])
+    assert found == {(judge, name): shards for name, judges in JUDGES.items() for judge in judges}
     spatial = next(line for line in judged if "--judge objects " in line)
     assert "--categories spatial 3d_spatial numeracy" in spatial
-    upstream = next(line for line in judged if "--judge objects-upstream" in line)
-    assert "--categories spatial 3d_spatial " in upstream
+    assert "--categories complex " in next(line for line in judged if "--judge all-three " in line)
+    # Upstream's formulas are applied to the boxes that are there already.
+    again = [line for line in result.stdout.splitlines() if "python -m stages.rescore " in line]
+    for judge, categories in (("objects", "spatial 3d_spatial"), ("all-three", "complex")):
+        lines = [line for line in again if f"--judge {judge}-upstream " in line]
+        assert len(lines) == shards
+        assert all(f"/verdicts/{judge}/t2i-compbench/" in line and f"--categories {categories} " in line for line in lines)
     assert not any("--categories" in line for line in judged if "--judge qwen" in line)
-    for arm in ("base", "sft", "dpo", "c-sft", "c-dpo"):
+    for node in EVALUATED[preset]:
         for name in JUDGES:
-            assert f"results/janus-pro-{size}/{arm}/metrics/{name}.parquet" in result.stdout
+            assert f"results/{preset}/{node}/metrics/{name}.parquet" in result.stdout
 
 
 @needs_benchmarks
 def test_a_wrong_checkpoint_of_a_judge_is_named_before_anything_is_drawn(place):
     science = {"science": {"checkpoint": "checkpoints/blip-vqa-capfilt-large"}}
     words = "blip-vqa-capfilt-large/config.json: model_type is 'blip', not 'clip'; set checkpoint of the judge sci-score"
-    refused(dry_run(place, "7b", judges=science), words)
+    refused(dry_run(place, "janus-pro-7b", judges=science), words)
     absent = {"objects": {"depth": "checkpoints/absent"}}
-    refused(dry_run(place, "7b", judges=absent), "absent/config.json: not found; set depth of the judge detector")
+    refused(dry_run(place, "janus-pro-7b", judges=absent), "absent/config.json: not found; set depth of the judge detector")
     absent = {"attributes": {"phrases": "data/absent.parquet"}}
-    refused(dry_run(place, "7b", judges=absent), "data/absent.parquet: no such file; write the prompts' noun phrases")
+    refused(dry_run(place, "janus-pro-7b", judges=absent), "data/absent.parquet: no such file; write the prompts' noun phrases")
 
 
 def with_phrases(folder) -> dict:
@@ -139,13 +151,14 @@ def assert_the_tables_are_whole(results) -> None:
         assert {path.suffix for path in (results / "tables").glob(f"{name}.*")} == {".csv", ".md", ".tex"}
     subtasks = (results / "tables/by_subtask.md").read_text().replace("\\", "")
     assert "spatial (medium) second Gen." in subtasks
+    assert "complex (medium) second Gen." in subtasks
     assert all(stratum in subtasks for stratum in ("single_object (easy)", "physics (hard)"))
 
 
 @needs_benchmarks
 @pytest.mark.slow
 def test_a_small_run_of_a_preset_ends_with_the_tables(place):
-    result = run_preset(place, "7b", "--cores", 2, **with_phrases(place))
+    result = run_preset(place, "janus-pro-7b", "--cores", 2, **with_phrases(place))
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert_the_tables_are_whole(place / "results/janus-pro-7b")
 
@@ -153,7 +166,9 @@ def test_a_small_run_of_a_preset_ends_with_the_tables(place):
 @needs_benchmarks
 def test_an_endpoint_takes_the_place_of_the_judge_in_the_process(place):
     judges = {"qwen-72b": {"kind": "openai", "endpoint": "http://node7:8000/v1", "model": "Qwen/Qwen2.5-VL-72B-Instruct"}}
-    result = dry_run(place, "7b", "--printshellcmds", judges=judges, benchmarks={n: {"judge": "qwen-72b"} for n in JUDGES})
+    result = dry_run(
+        place, "janus-pro-7b", "--printshellcmds", judges=judges, benchmarks={n: {"judge": "qwen-72b"} for n in JUDGES}
+    )
     assert result.returncode == 0, result.stderr
     assert "--judge qwen-72b" in result.stdout
     assert "--judge qwen " not in result.stdout
@@ -170,7 +185,33 @@ def test_the_published_training_prompts_are_in_none_of_the_benchmarks(place):
     assert "480 prompts: 3d_spatial 60" in text
 
 
-def test_the_presets_differ_in_the_model_and_in_what_fits_on_a_gpu():
+def test_a_judge_that_measures_something_else_looks_itself():
+    config = load(ROOT / "configs/janus-pro-7b.yaml")
+    found = {name: source_of(config, name) for name in config.judges}
+    assert {name: first for name, first in found.items() if first} == {
+        "objects-upstream": "objects", "all-three-upstream": "all-three"
+    }  # fmt: skip
+
+    def changed(**fields):
+        return config.model_copy(update=fields)
+
+    upstream = config.judge("objects-upstream")
+    finer = upstream.model_copy(update={"detection_threshold": 0.1})
+    assert source_of(changed(judges=config.judges | {"objects-upstream": finer}), "objects-upstream") is None
+    strict = upstream.model_copy(update={"threshold": 0.6, "batch_size": 1})
+    assert source_of(changed(judges=config.judges | {"objects-upstream": strict}), "objects-upstream") == "objects"
+    chosen = config.benchmarks["t2i-compbench"]
+    fewer = chosen.model_copy(update={"scorers": {"numeracy": "objects"}})  # which sees no image of spatial
+    assert source_of(changed(benchmarks={"t2i-compbench": fewer}), "objects-upstream") is None
+
+
+def test_all_presets_measure_the_same():
+    janus, show_o = (load(ROOT / f"configs/{preset}.yaml").model_dump() for preset in ("janus-pro-7b", "show-o"))
+    for section in ("prompts", "benchmarks", "understanding", "judges"):
+        assert janus[section] == show_o[section], section
+
+
+def test_the_presets_for_janus_pro_differ_in_the_model_and_in_what_fits_on_a_gpu():
     large, small = (load(ROOT / f"configs/janus-pro-{size}.yaml").model_dump() for size in ("7b", "1b"))
     for section in ("prompts", "benchmarks", "understanding", "judges", "generate", "score", "pairs", "arms", "evaluate"):
         assert large[section] == small[section], section

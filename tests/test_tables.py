@@ -189,6 +189,22 @@ def test_the_recipe_names_a_judge_within_a_judge():
     assert "model.family janus, model.checkpoint models/other" in recipe.judging(config, "other")
 
 
+def test_the_recipe_says_which_scorers_are_not_the_benchmarks_own():
+    relation = {"kind": "detector", "checkpoint": "dfine"}
+    judges = {"boxes": relation, "boxes-upstream": relation | {"rules": "upstream"}}
+    benchmarks = {"plain": {"prompts": {"source": "shapes"}, "judge": "shapes"}}
+    benchmarks["boxed"] = benchmarks["plain"] | {
+        "scorers": {"spatial": "boxes"},
+        "second_scorers": {"spatial": "boxes-upstream"},
+    }
+    config = validate({"run": "x", "judges": judges, "benchmarks": benchmarks})
+    assert "Not the benchmark's own scorer: boxes, boxes-upstream: a detector of transformers" in recipe.benchmark(
+        config, "boxed"
+    )
+    assert "own scorer" not in recipe.benchmark(config, "plain")
+    assert recipe.benchmark(config, "boxed") in recipe.whole(config)
+
+
 AWKWARD = '50% of A_B & C: #1 ~x^2 {a|b} <c> $d \\e "f" *g* `h` [i]'
 
 

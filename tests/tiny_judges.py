@@ -79,6 +79,25 @@ def write_tiny_detector(folder: Path) -> Path:
     return folder
 
 
+def write_tiny_depth_anything(folder: Path, kind: str = "relative") -> Path:
+    """Write a small Depth Anything of relative or metric depth, and return its folder."""
+    from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
+
+    backbone = Dinov2Config(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, mlp_ratio=2, image_size=56, patch_size=14,
+        out_indices=[1, 2, 3, 4], reshape_hidden_states=False,
+    )  # fmt: skip
+    config = DepthAnythingConfig(
+        backbone_config=backbone, reassemble_hidden_size=32, neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=8,
+        head_hidden_size=8, depth_estimation_type=kind,
+    )  # fmt: skip
+    model = DepthAnythingForDepthEstimation(config)
+    randomise(model, 3)
+    model.head.conv3.bias.data.fill_(1.0)  # so that not everything is at depth 0, which the last layer cuts
+    model.save_pretrained(folder)
+    return folder
+
+
 def write_tiny_geneval(folder: Path) -> Path:
     """Write a small Mask2Former with very different class scores and a small CLIP to the subfolders detector and clip."""
     import torch

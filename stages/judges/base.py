@@ -21,6 +21,10 @@ class JudgeSettings(Section):
 
     kind: str
 
+    def stands_in(self) -> str:
+        """Return what the judge is, if it is not its benchmark's original scorer. The words stand below every table."""
+        return ""
+
     def outcome(self) -> dict[str, Any]:
         """Return the settings that a verdict depends on.
 
@@ -86,6 +90,10 @@ class JudgeKind:
     workers: from the settings to the number of processes that share a shard's batches, one GPU each.
     gpu: whether the workflow asks for a GPU and for the environment with torch.
     batch_size: images that are judged and kept at a time; a killed stage continues after its last batch.
+    from_answer: for kinds whose answers hold what was measured, a function from the settings, a prompt's row and the answer of
+        an earlier verdict to the verdict under these settings, without the image and without a model. Judges that differ in
+        nothing else than `rules` and `threshold` share their answers then (`stages.tools.rescoring`). It raises ValueError on
+        text of another form.
     """
 
     settings: type[JudgeSettings]
@@ -95,3 +103,4 @@ class JudgeKind:
     workers: Callable[[Any], int] = lambda settings: 1
     gpu: bool = False
     batch_size: int = 1024
+    from_answer: Callable[[Any, dict[str, Any], str], Verdict] | None = None

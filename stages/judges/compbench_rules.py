@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -56,11 +56,17 @@ SYNONYMS = (
 
 @dataclass(frozen=True)
 class Detection:
-    """One detected object: its label in lower case, its score from 0 to 1 and its box (x0, y0, x1, y1) in pixels."""
+    """One detected object: its label in lower case, its score from 0 to 1 and its box (x0, y0, x1, y1) in pixels.
+
+    depth: the mean of the depth map in the box (large is near), NaN where the box has no pixel or where there is no depth map.
+    swapped: the same with the axes of the map swapped, as upstream has it. See `with_depth`.
+    """
 
     label: str
     score: float
     box: Box
+    depth: float = math.nan
+    swapped: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -238,14 +244,25 @@ def mean_depth(depth: np.ndarray, box: Box, *, swapped: bool) -> float:
     return float(region.mean()) if region.size else math.nan
 
 
-def in_order(depth: np.ndarray, first: Box, second: Box, relation: str, *, swapped: bool) -> bool:
-    """Return whether the first box is nearer (in front of) or farther (behind, hidden) than the second."""
-    difference = mean_depth(depth, first, swapped=swapped) - mean_depth(depth, second, swapped=swapped)
-    return difference > 0 if relation == "in front of" else difference < 0
+def with_depth(detections: Sequence[Detection], depth: np.ndarray) -> list[Detection]:
+    """Return the detections with their mean depth. depth: float `[height, width]`, large is near."""
+    return [
+        replace(
+            found,
+            depth=mean_depth(depth, found.box, swapped=False),
+            swapped=mean_depth(depth, found.box, swapped=True),
+        )
+        for found in detections
+    ]
 
 
-def spatial_3d_upstream(detections: Sequence[Detection], claim: Claim, depth: np.ndarray) -> float:
-    """Return upstream's score of two objects in depth, from 0 to 1. depth: float `[height, width]`, large is near.
+def in_order(first: float, second: float, relation: str) -> bool:
+    """Return whether the first depth is nearer (in front of) or farther (behind, hidden) than the second; never with NaN."""
+    return first > second if relation == "in front of" else first < second
+
+
+def spatial_3d_upstream(detections: Sequence[Detection], claim: Claim) -> float:
+    """Return upstream's score of two objects in depth, from 0 to 1. The detections have their depth (`with_depth`).
 
     Its faults: labels match by a part of their letters (car in carrot); while the second noun is sought, a later match of the
     first replaces a better one; the axes of the depth map are swapped; boxes that do not overlap, or overlap by exactly one
@@ -264,20 +281,20 @@ def spatial_3d_upstream(detections: Sequence[Detection], claim: Claim, depth: np
             break
     first, second = places
     position = 0.0
-    if first and second and in_order(depth, first.box, second.box, claim.relation, swapped=True):
+    if first and second and in_order(first.swapped, second.swapped, claim.relation):
         overlap = intersection_over_union(first.box, second.box)
         position = 1.0 if overlap > OVERLAP_3D else overlap / OVERLAP_3D if overlap < OVERLAP_3D else 0.0
     return weighted(first, second, position)
 
 
-def spatial_3d(detections: Sequence[Detection], claim: Claim, depth: np.ndarray) -> float:
-    """Return the mended score of two objects in depth, from 0 to 1. depth: float `[height, width]`, large is near.
+def spatial_3d(detections: Sequence[Detection], claim: Claim) -> float:
+    """Return the mended score of two objects in depth, from 0 to 1. The detections have their depth (`with_depth`).
 
     Labels match as in `spatial`, and the depth map is read by rows and columns. The order in depth alone decides, so separate
     objects can be in front of one another; only what is hidden must also overlap.
     """
     first, second = best_pair(detections, claim)
-    right = first and second and in_order(depth, first.box, second.box, claim.relation, swapped=False)
+    right = first and second and in_order(first.depth, second.depth, claim.relation)
     if right and first and second and claim.relation == "hidden":
         right = intersection_over_union(first.box, second.box) > 0
     return weighted(first, second, float(bool(right)))

@@ -63,6 +63,9 @@ class GenevalJudge(JudgeSettings):
     def outcome(self) -> dict[str, Any]:
         return self.model_dump(include={"kind", "dtype"})
 
+    def stands_in(self) -> str:
+        return "GenEval's rules on Mask2Former of transformers, in the place of mmdet's, which has other weights"
+
 
 # The verdict
 

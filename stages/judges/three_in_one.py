@@ -35,6 +35,12 @@ class ThreeInOneJudge(JudgeSettings):
         own = {"kind": self.kind, "threshold": self.threshold}
         return own | {name: part.outcome() for name, part in parts.items()}
 
+    def stands_in(self) -> str:
+        return "its relation comes from a detector of transformers, in the place of UniDet"
+
+
+NO_PHRASE = "the prompt has no noun phrase"
+
 
 def kind_of(item: Item) -> str:
     """Return spatial, action or both, from the metadata of a prompt of complex."""
@@ -48,34 +54,61 @@ def kind_of(item: Item) -> str:
 
 
 def open_three(settings: ThreeInOneJudge) -> Judge:
-    """Load all three judges. The answer has the scores that are averaged."""
+    """Load all three judges. The answer is JSON with the kind of the prompt, the scores that are averaged and the detections.
+
+    The score is computed from the answer, so `from_answer` repeats it exactly.
+    """
     attributes = blip_vqa.open_blip(settings.attributes)
     relation = detector.open_detector(settings.relation)
     action = clip_score.open_clip(settings.action)
 
-    def scores(judge: Judge, items: Sequence[Item], wanted: Sequence[bool]) -> list[float | None]:
-        """Return a judge's scores of the wanted items, and None for the others and for unreadable ones."""
+    def verdicts(judge: Judge, items: Sequence[Item], wanted: Sequence[bool]) -> list[Verdict | None]:
+        """Return a judge's verdicts on the wanted items, and None for the others."""
         found = iter(judge([item for item, want in zip(items, wanted, strict=True) if want]) if any(wanted) else ())
-        return [next(found).score if want else None for want in wanted]
+        return [next(found) if want else None for want in wanted]
 
     def judge(items: Sequence[Item]) -> list[Verdict]:
         kinds = [kind_of(item) for item in items]
         columns = (
-            scores(attributes, items, [True] * len(items)),
-            scores(relation, items, [kind != "action" for kind in kinds]),
-            scores(action, items, [kind != "spatial" for kind in kinds]),
+            verdicts(attributes, items, [True] * len(items)),
+            verdicts(relation, items, [kind != "action" for kind in kinds]),
+            verdicts(action, items, [kind != "spatial" for kind in kinds]),
         )
-        return [verdict(kind, *parts) for kind, *parts in zip(kinds, *columns, strict=True)]
+        return [verdict(item, kind, *parts) for item, kind, *parts in zip(items, kinds, *columns, strict=True)]
 
-    def verdict(kind: str, attribute: float | None, position: float | None, cosine: float | None) -> Verdict:
-        if attribute is None:
-            return Verdict(None, answer="the prompt has no noun phrase")
-        score = three_in_one(kind, attribute, position or 0.0, cosine or 0.0)  # those of other kinds have no weight
-        parts = {"attributes": attribute, "relation": position, "action": cosine}
-        told = "; ".join(f"{name} {value:.4f}" for name, value in parts.items() if value is not None)
-        return Verdict(None if settings.threshold is None else score >= settings.threshold, score, f"{kind}: {told}")
+    def verdict(item: Item, kind: str, seen: Verdict | None, found: Verdict | None, cosine: Verdict | None) -> Verdict:
+        if seen is None or seen.score is None:
+            return from_answer(settings, item.prompt, NO_PHRASE)
+        parts: dict[str, Any] = {"kind": kind, "attributes": seen.score}
+        if cosine is not None and cosine.score is not None:
+            parts["action"] = round(cosine.score, 6)
+        if found is not None:
+            parts["detections"] = json.loads(found.answer or "[]")
+        return from_answer(settings, item.prompt, json.dumps(parts))
 
     return judge
+
+
+def from_answer(settings: ThreeInOneJudge, row: dict[str, Any], answer: str) -> Verdict:
+    """Return the verdict of these settings on what an earlier verdict with the same models found. No model is loaded.
+
+    row: the prompt's. Raises ValueError on text of another form.
+    """
+    if answer == NO_PHRASE:
+        return Verdict(None, answer=answer)
+    try:
+        parts = json.loads(answer)
+        kind, attributes, action = parts["kind"], parts["attributes"], parts.get("action")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"not an answer of the judge three-in-one ({error!r})") from None
+    told = {"kind": kind, "attributes": attributes}
+    if "detections" in parts:
+        found = detector.from_rows(parts["detections"])
+        told["relation"] = round(detector.score(row, found, settings.relation.rules == "upstream"), 6)
+    told |= {name: parts[name] for name in ("action", "detections") if name in parts}
+    score = three_in_one(kind, attributes, told.get("relation", 0.0), action or 0.0)  # those of other kinds have no weight
+    matches = None if settings.threshold is None else score >= settings.threshold
+    return Verdict(matches, score, json.dumps(told, separators=(",", ":")))
 
 
 def files(settings: ThreeInOneJudge) -> list[str]:
@@ -95,4 +128,5 @@ THREE_IN_ONE = JudgeKind(
     workers=lambda settings: checkpoint.workers(settings.attributes),
     gpu=True,
     batch_size=64,
+    from_answer=from_answer,
 )

@@ -10,7 +10,8 @@ that all of them do. GPU hours and disk are estimates, and the report says from 
   from SECONDS, from which the workflow also derives the time limits of its jobs; those are generous, so it should take less.
 - Bytes of an image are measured on the run's own images if there are any, or stated with --image-bytes.
 
-No weights are loaded. Retries, starting Python and loading weights are not counted.
+A configuration without arms is that of an audit: its models draw and judge, and nothing is trained. No weights are loaded.
+Retries, starting Python and loading weights are not counted.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from stages.families import describe
 from stages.judges import judge_kind
 from stages.suites import open_suite
 from stages.suites.base import PromptSource
-from stages.tools import arms
+from stages.tools import arms, rescoring
 from stages.understanding import understanding_kind
 
 Row = dict[str, Any]
@@ -112,7 +113,7 @@ def prompts_of(config: Config) -> dict[str, list[Row]]:
     """Return the prompts of every set, as the workflow will take them. Raises UserError on files that cannot be read."""
     from stages.prompts import collect  # the stage's own function, so that the numbers cannot differ
 
-    seeds = {"train": config.seed} | dict.fromkeys(config.benchmarks, 0)
+    seeds = ({"train": config.seed} if config.arms else {}) | dict.fromkeys(config.benchmarks, 0)
     return {name: collect(chosen_prompts(config, name), seed)[0] for name, seed in seeds.items()}
 
 
@@ -146,17 +147,22 @@ def candidate_works(config: Config, prompts: int) -> list[Work]:
 
 
 def benchmark_works(config: Config, name: str, prompts: list[Row]) -> list[Work]:
-    """Return what every model draws and judges on a benchmark, and what external judges see of it."""
-    chosen, works = config.benchmarks[name], []
-    count, by_category = chosen.images_per_prompt, Counter(row["category"] for row in prompts)
-    images = count * len(prompts)
-    for node in evaluated(config):
+    """Return what every model draws and judges on a benchmark, and what external judges see of it.
+
+    A judge whose verdicts are computed from another one's answers sees nothing.
+    """
+    count, by_category = config.benchmarks[name].images_per_prompt, Counter(row["category"] for row in prompts)
+    images, works = count * len(prompts), []
+    audit = not config.arms
+    further = config.audit.judges if audit else []
+    for node in config.to_audit() if audit else evaluated(config):
         works += [Work("draw", node, name, images), Work("judge", node, name, images)]
-        works += [Work("judge", node, f"{name} of base", images)] if node != "base" else []
-        for judge in config.benchmark_judges(name):
-            scored = count * sum(by_category[category] for category in config.scored_categories(name, judge))
-            seen = images if judge == chosen.judge else scored
-            works.append(Work("external", node, name, seen, judge))
+        works += [Work("judge", node, f"{name} of base", images)] if node != "base" and not audit else []
+        for judge in dict.fromkeys([*config.benchmark_judges(name), *further]):
+            if not rescoring.source_of(config, judge):
+                seen = rescoring.seen(config, name, judge)
+                scored = images if seen is None else count * sum(by_category[category] for category in seen)
+                works.append(Work("external", node, name, scored, judge))
     return works
 
 
@@ -182,11 +188,12 @@ def trainings(config: Config, prompts: int) -> list[Training]:
 
 
 def works_of(config: Config, prompts: dict[str, list[Row]]) -> list[Work]:
-    """Return everything that models do in a run."""
+    """Return everything that models do in a run, or in an audit if there are no arms."""
+    measured = [work for name in config.benchmarks for work in benchmark_works(config, name, prompts[name])]
+    if not config.arms:
+        return measured
     training_prompts = len(prompts["train"])
-    works = candidate_works(config, training_prompts)
-    for name in config.benchmarks:
-        works += benchmark_works(config, name, prompts[name])
+    works = candidate_works(config, training_prompts) + measured
     for name, chosen in config.understanding.items():
         questions = understanding_kind(chosen.kind).size(chosen)
         works += [Work("understand", node, name, questions) for node in [*config.untrained(), *config.arms]]
@@ -243,6 +250,11 @@ STAGES = {
     "reference": ("reference", "judge"),
     "training": ("train", "train"),
 }  # the kind of work, and the speed that is taken for it
+
+
+def models_of(config: Config) -> dict[str, Config]:
+    """Return the models of different speed with the configuration of each: the trained one, or those that are audited."""
+    return {"": config} if config.arms else {name: config.audited(name) for name in config.audit.models}
 
 
 def hours(config: Config, works: Iterable[Work], speed: dict[str, Speed]) -> dict[str, tuple[float, Speed]]:
@@ -307,6 +319,9 @@ def disk(config: Config, works: Iterable[Work], size: ImageSize) -> dict[str, fl
     state, at most twelve bytes a number; LoRA's saves are small and not counted.
     """
     images = sum(work.count for work in works if work.kind == "draw")
+    written = {"images": images * size.image, "manifests": images * size.rows}
+    if not config.arms:
+        return written
     files = describe(config.model.family).files(Path(config.model.checkpoint), "train")
     weights, numbers = sum(path.stat().st_size for path in files), tensor_numbers(files)
     checkpoints = saves = 0
@@ -314,7 +329,7 @@ def disk(config: Config, works: Iterable[Work], size: ImageSize) -> dict[str, fl
         settings = config.arm_train(node.arm)
         checkpoints += weights if settings.deepspeed else max(weights, 4 * numbers)
         saves += 0 if settings.lora_rank else KEPT_SAVES * (weights + 12 * numbers)
-    return {"images": images * size.image, "manifests": images * size.rows, "checkpoints": checkpoints, "saves": saves}
+    return written | {"checkpoints": checkpoints, "saves": saves}
 
 
 # The report
@@ -372,9 +387,8 @@ def report(config: Config, device: str | None = None, image_bytes: int | None = 
     """Return the whole report. folder: the run's results, whose images are measured if there are any."""
     prompts = prompts_of(config)
     works = works_of(config, prompts)
-    parts = [
-        f"Run {config.run} from its beginning. Upper bounds (<=) take every prompt as selected, and as waiting for replay."
-    ]
+    bounds = "Upper bounds (<=) take every prompt as selected, and as waiting for replay." if config.arms else "An audit."
+    parts = [f"Run {config.run} from its beginning. {bounds}"]
 
     def section(title: str, rows: list[list[str]]) -> None:
         if rows:
@@ -387,14 +401,24 @@ def report(config: Config, device: str | None = None, image_bytes: int | None = 
     for title, called in (("External judgements", False), ("Calls of endpoints, which may cost money", True)):
         chosen = [work for work in works if work.kind == "external" and bool(endpoint_of(config, work)) is called]
         section(title, counted(chosen, ("external",), lambda work: judge_label(config, work)))
-    segments = [
-        [training.node, number(training.rows, True), str(training.epochs), number(training.steps, True), ""]
-        for training in trainings(config, len(prompts["train"]))
-    ]
-    section("Training, by checkpoint (upper bounds before selection)", [["", "rows", "epochs", "steps", ""], *segments])
-    times = hours(config, works, speeds(config, device))
-    lines = [[stage, f"{time:,.3g}", speed.source] for stage, (time, speed) in times.items()]
-    total = sum(time for time, _ in times.values())
+    if config.arms:
+        segments = [
+            [training.node, number(training.rows, True), str(training.epochs), number(training.steps, True), ""]
+            for training in trainings(config, len(prompts["train"]))
+        ]
+        section("Training, by checkpoint (upper bounds before selection)", [["", "rows", "epochs", "steps", ""], *segments])
+    lines: list[list[str]] = []
+    total = 0.0
+    for model, own in models_of(config).items():
+        did = [work for work in works if config.arms or work.node == model]
+        try:
+            pace = speeds(own, device)
+        except UserError as error:  # which names the section of a model that is trained
+            place = "model" if config.arms else f"audit.models.{model}"
+            raise UserError(str(error).replace("model.checkpoint", f"{place}.checkpoint")) from None
+        for stage, (time, speed) in hours(own, did, pace).items():
+            lines.append([stage if config.arms else f"{model}, {stage}", f"{time:,.3g}", speed.source])
+            total += time
     section(
         "Hours of one GPU, or of the CPU where there is none (estimates, of upper bounds where counts are)",
         [*lines, ["together", f"{total:,.3g}", ""]],
@@ -421,7 +445,7 @@ def main() -> None:
     parser.add_argument("--image-bytes", type=int, help="bytes of one image on disk")
     arguments = parser.parse_args()
     config = load(*arguments.configfile)
-    if not config.arms:
+    if not config.arms and not config.audit.models:
         raise UserError(f"{arguments.configfile[-1]}: arms is empty, so there is nothing to run; give the preset as well")
     print(report(config, arguments.device, arguments.image_bytes))
 

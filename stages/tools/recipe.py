@@ -42,15 +42,24 @@ def judging(config: Config, name: str) -> str:
     return f"{name} ({', '.join(listed(config.judge(name).model_dump()))})"
 
 
+def stand_ins(config: Config, name: str) -> list[str]:
+    """Return a sentence for each kind of judge of a benchmark that is not the benchmark's own scorer."""
+    found: dict[str, list[str]] = {}
+    for judge in config.benchmark_judges(name):
+        if text := config.judge(judge).stands_in():
+            found.setdefault(text, []).append(judge)
+    return [f"Not the benchmark's own scorer: {', '.join(names)}: {text}." for text, names in found.items()]
+
+
 def benchmark(config: Config, name: str) -> str:
-    """Return how a benchmark was drawn and judged."""
+    """Return how a benchmark was drawn and judged, and which of its scorers are not its own."""
     chosen, scorers = config.benchmarks[name], config.scorers(name)
     count = f" (count {chosen.prompts.count})" if chosen.prompts.count else ""
     judge = f"judge {judging(config, chosen.judge)}" if chosen.judge else "no external judge, so only Non. is measured"
     scored = [f"Gen. of {category} by {judging(config, judge)}" for category, judge in scorers.items()]
     scored += [f"second Gen. of {category} by {judging(config, judge)}" for category, judge in chosen.second_scorers.items()]
     images = f"{chosen.images_per_prompt} images for each prompt of {chosen.prompts.source}{count}"
-    return f"{name}: {'; '.join([images, judge, *scored])}."
+    return " ".join([f"{name}: {'; '.join([images, judge, *scored])}.", *stand_ins(config, name)])
 
 
 def understanding(config: Config, name: str) -> str:

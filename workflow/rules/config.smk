@@ -15,7 +15,7 @@ from stages.common.registry import entry
 from stages.families import describe
 from stages.judges import judge_kind
 from stages.tools import arms as arm_tree
-from stages.tools import cost, recipe
+from stages.tools import cost, recipe, rescoring
 from stages.understanding import understanding_kind
 
 try:
@@ -74,7 +74,9 @@ JUDGES = list(
         [*ORACLES, *(judge for name in BENCHMARKS for judge in settings.benchmark_judges(name)), *settings.audit.judges]
     )
 )
-GPU_JUDGES = [name for name in JUDGES if judge_kind(settings.judge(name).kind).gpu]
+# Judges whose verdicts are computed from the answers of another one, with its name.
+SOURCES = {name: source for name in JUDGES if (source := rescoring.source_of(settings, name))}
+GPU_JUDGES = [name for name in JUDGES if judge_kind(settings.judge(name).kind).gpu and name not in SOURCES]
 try:
     for name in JUDGES:
         judge_kind(settings.judge(name).kind).files(settings.judge(name))  # raises UserError unless its checkpoint is there

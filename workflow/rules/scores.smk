@@ -57,7 +57,7 @@ rule judge:
     benchmark:
         f"{RUN}/benchmarks/judge/{{node}}.{{judge}}.{{set}}.{{shard}}.jsonl"
     wildcard_constraints:
-        judge=pattern(name for name in JUDGES if name not in GPU_JUDGES),
+        judge=pattern(name for name in JUDGES if name not in (*GPU_JUDGES, *SOURCES)),
     conda:
         "../../envs/light.yaml"
     resources:
