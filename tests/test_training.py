@@ -9,6 +9,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from scipy.stats import ks_2samp
 
 from stages.common import manifests, shards
 from stages.common.config import Train, load, validate
@@ -17,6 +18,7 @@ from stages.families.base import Pictures
 from stages.families.janus.family import Janus
 from stages.training.rows import Material
 from tests.helpers import SMALL, TINY, losses, prepare, refused, train, trained
+from tests.tiny_show_o import tiny_show_o
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
@@ -173,6 +175,17 @@ def test_as_many_prompts_are_dropped_as_the_settings_say():
     assert np.mean(dropped(0.1)) == pytest.approx(0.1, abs=0.03)
     assert not any(dropped(0.0))
     assert dropped(0.1) == dropped(0.1) != dropped(0.1, seed=1)
+
+
+def test_a_row_without_a_prompt_has_a_mask_and_a_timestep_like_any_other():
+    schedule = [{"chosen": f"{i:024x}", "rejected": None, "epoch": i % 7} for i in range(3000)]
+    material = Material(schedule, {}, None, False, 0, 0.3, 0)
+    places = range(len(schedule))
+    dropped, seeds = np.array(material.dropped(places)), material.seeds(places)
+    shares = tiny_show_o().masks(seeds)[:, 0].mean(1)
+    times = np.array([np.random.Generator(np.random.Philox(int(seed))).random() for seed in seeds])  # the toy flow's
+    for values in (shares, times):
+        assert ks_2samp(values[dropped], values[~dropped]).pvalue > 0.01
 
 
 def test_trls_fused_log_probabilities_are_our_own(small_inputs, tiny):
