@@ -16,6 +16,7 @@ from stages.common.config import Train, load, validate
 from stages.families import checkpoint_hash
 from stages.families.base import Pictures
 from stages.families.janus.family import Janus
+from stages.families.show_o.family import ShowO
 from stages.training.rows import Material
 from tests.helpers import SMALL, TINY, losses, prepare, refused, train, trained
 from tests.tiny_show_o import tiny_show_o
@@ -91,6 +92,19 @@ def test_lora_trains_few_numbers_and_leaves_a_plain_checkpoint(small_inputs, tmp
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.startswith(LLM[0]) and "_proj." in name}
+    sizes = [sum(before[name].shape) * 2 for name in changed]
+    assert f"{sum(sizes):,} trainable numbers" in text
+    for name in changed:
+        assert torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3) <= 2
+
+
+def test_lora_trains_every_linear_layer_of_show_os_transformer(show_o_inputs, tmp_path):
+    text = trained(prepare(tmp_path, show_o_inputs, "sft", 2, lora_rank=2, prompt_dropout=0.3), tmp_path)
+    before, after = tensors(show_o_inputs / "model"), tensors(tmp_path / "checkpoint")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    parts = ShowO.load(tmp_path / "checkpoint").model.named_modules()
+    assert changed == {f"{name}.weight" for name, part in parts if isinstance(part, torch.nn.Linear)}
     sizes = [sum(before[name].shape) * 2 for name in changed]
     assert f"{sum(sizes):,} trainable numbers" in text
     for name in changed:
