@@ -2,9 +2,9 @@
 
     python -m stages.browse results/tiny-janus
 
-It works at any moment, also for a run that is half done or has failed, and shows what there is. The pages are in
-results/tiny-janus/pages; open index.html there, or serve the folder with `python -m http.server`. The report is also a single
-file, results/tiny-janus/report.html. docs/pages.md describes the pages.
+It works at any moment, also for an audit and for a run that is half done or has failed, and shows what there is. The pages are
+in results/tiny-janus/pages; open index.html there, or serve the folder with `python -m http.server`. The report is also a
+single file, results/tiny-janus/report.html. docs/pages.md describes the pages.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def write_pages(run: Run, out: Path, side: int, plan: Plan) -> dict[str, Any]:
     sets = gallery.write(run, out / "gallery", side)
     sample = review.write(run, out / "review", plan)
     config = run.config
-    facts = {"run": config.run, "seed": config.seed, "model": f"{config.model.family}, {config.model.checkpoint}"}
+    facts = {"run": config.run, "seed": config.seed, "model": run.subject()}
     facts |= {"sets": sets, "missing": len(run.missing())}
     for name, title in (("index", "Pages"), ("gallery", "Gallery"), ("review", "Review")):
         write_text(out / f"{name}.html", page(f"{name}.html", name=name, title=title, review=sample, **facts))
@@ -55,7 +55,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--report", type=Path, help="the report as a single file; default: <run>/report.html")
     parser.add_argument("--thumbnail", type=int, default=THUMBNAIL, help="side of the gallery's thumbnails in pixels")
     parser.add_argument("--review-set", help="the set whose images people judge; default: the first benchmark")
-    parser.add_argument("--review-models", nargs="+", help="whose images people judge; default: base, baselines and arms")
+    parser.add_argument(
+        "--review-models", nargs="+", help="whose images people judge; default: base, baselines, arms and audited models"
+    )
     parser.add_argument(
         "--half-width",
         type=float,

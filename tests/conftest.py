@@ -7,6 +7,7 @@ import pytest
 from filelock import FileLock
 
 from tests.helpers import TINY, completed, copy_of_the_project, done, write_config
+from tests.tiny_show_o import write_tiny_show_o
 
 
 @pytest.fixture(scope="session")
@@ -20,16 +21,32 @@ def tiny():
     return Janus.load(TINY)
 
 
-@pytest.fixture(scope="session")
-def small_inputs(tmp_path_factory):
-    """A folder with prompts, candidates and scores of the small configuration. There is one shard, which is drawn once."""
-    folder = tmp_path_factory.mktemp("inputs")
-    config = write_config(folder)
+def drawn_and_judged(folder, **changes):
+    """Write a configuration, prompts, candidates and scores to a folder, and return it. There is one shard."""
+    config = write_config(folder, **changes)
     done("prompts", "--config", config, "--set", "train", "--out", folder / "prompts.parquet")
     common = ("--config", config, "--prompts", folder / "prompts.parquet")
     done("generate", *common, "--out", folder / "candidates.parquet", "--images", folder / "candidates.tar")
     done("score", *common, "--candidates", folder / "candidates.parquet", "--out", folder / "scores.parquet")
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_inputs(tmp_path_factory):
+    """A folder with prompts, candidates and scores of the small configuration, drawn once."""
+    return drawn_and_judged(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="session")
+def show_o_inputs(tmp_path_factory):
+    """The same of a small Show-o with random weights, whose checkpoint is in the folder `model`."""
+    folder = tmp_path_factory.mktemp("show-o")
+    return drawn_and_judged(
+        folder,
+        model={"family": "show_o", "checkpoint": str(write_tiny_show_o(folder / "model"))},
+        generate={"sampling": {"guidance_scale": 0.0, "steps": 4}},
+        pairs={"accept_threshold": 0.5, "reject_threshold": 0.5, "minimum_margin": 0.0},
+    )
 
 
 @pytest.fixture(scope="session")

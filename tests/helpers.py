@@ -247,9 +247,11 @@ def measured(*command: object) -> tuple[str, float, float]:
 def prepare(folder: Path, inputs: Path, objective: str, epochs: int, **train) -> tuple:
     """Write pairs (for DPO with reference) and a schedule for an arm called x, and return the arguments of stages.train.
 
-    inputs: a folder with prompts, candidates and scores, such as the fixture `small_inputs`.
+    inputs: a folder with a configuration, prompts, candidates and scores, such as the fixture `small_inputs`. The arm has that
+    configuration, and the settings of `train`.
     """
-    config = write_config(folder, arms={"x": {"objective": objective, "epochs": epochs}}, train=train)
+    given = yaml.safe_load((inputs / "config.yaml").read_text())
+    config = write_config(folder, **merged(given, {"arms": {"x": {"objective": objective, "epochs": epochs}}, "train": train}))
     files = ("--candidates", inputs / "candidates.parquet")
     pairs = folder / "pairs.parquet"
     done("pairs", "--config", config, "--arm", "x", *files, "--scores", inputs / "scores.parquet", "--out", pairs,

@@ -38,6 +38,7 @@ from tests.helpers import (
 )
 from tests.test_science import APPLE, LAPTOP, write_benchmark
 from tests.test_toy_workflow import register
+from tests.tiny_show_o import write_tiny_show_o
 from tests.tiny_vlm import write_tiny_vlm
 
 PAPER = ROOT / "stages/paper/results.csv"
@@ -473,6 +474,7 @@ def real(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     write_tiny_vlm(tmp_path / "checkpoints/Qwen2.5-VL-7B-Instruct")
     (tmp_path / "checkpoints/Janus-Pro-7B").symlink_to(TINY)
+    write_tiny_show_o(tmp_path / "checkpoints/show-o-512x512")
     return tmp_path
 
 
@@ -490,22 +492,39 @@ def test_the_audit_with_real_paths_plans_every_model_on_three_benchmarks_and_tra
     drawn = re.findall(r"python -m stages\.generate --config (\S+) --prompts (\S+) .*--candidates (\d+)", result.stdout)
     assert sorted(drawn) == sorted(
         (f"results/audit/{model}/config.yaml", f"results/audit/prompts/{name}.parquet", "1")
-        for model in ("Janus-Pro-7B", "second")
+        for model in ("Janus-Pro-7B", "Show-o", "second")
         for name in ("geneval", "t2i-compbench", "science-t2i")
     )
     jobs = dict(re.findall(r"^(\w+) +(\d+)$", result.stdout, re.MULTILINE))
     counts = {
-        "generate": "6",
-        "score": "6",
-        "judge_on_gpu": "6",
-        "evaluate": "6",
+        "generate": "9",
+        "score": "9",
+        "judge_on_gpu": "9",
+        "evaluate": "9",
         "audit_report": "1",
         "audit_judge_report": "1",
     }
-    assert jobs == {"audit": "1", "prompts": "3", "total": "30", **counts}
+    assert jobs == {"audit": "1", "prompts": "3", "total": "42", **counts}
     assert "stages.train" not in result.stdout
     refused(audit_plan(real, "-n", audit={"models": {"second": {"checkpoint": "checkpoints/absent"}}}),
             "audit.models.second: ", "checkpoints/absent")  # fmt: skip
+
+
+def test_the_commented_arms_of_the_tiny_audit_join_it_once_their_run_is_finished(tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/tiny-janus").symlink_to(TINY)
+    for arm in ("sft", "c-dpo"):
+        (tmp_path / f"results/tiny-janus/{arm}").mkdir(parents=True)
+        shutil.copytree(TINY, tmp_path / f"results/tiny-janus/{arm}/checkpoint")
+    text, added = re.subn(r"(?m)^( +)# (tiny-janus-\S+: \{)", r"\1\2", (ROOT / "configs/tiny-audit.yaml").read_text())
+    assert added == 2
+    (tmp_path / "config.yaml").write_text(text)
+    plan = completed(tmp_path, "-n", "audit", "--printshellcmds")
+    drawn = re.findall(r"python -m stages\.generate --config (\S+) .*?--checkpoint (\S+)", plan)
+    assert ("results/tiny-audit/tiny-janus-sft/config.yaml", "results/tiny-janus/sft/checkpoint") in drawn
+    assert ("results/tiny-audit/tiny-janus-c-dpo/config.yaml", "results/tiny-janus/c-dpo/checkpoint") in drawn
+    assert len(drawn) == 5
+    assert "stages.train" not in plan
 
 
 def test_any_configuration_can_be_audited_before_it_is_trained(tmp_path):

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
+import yaml
 from PIL import Image
 
 from stages.browse import write_pages
 from stages.common import shards
+from stages.common.config import validate
 from stages.judges.table import read_table
 from stages.pages import gallery, plots
 from stages.pages.render import ASSETS
@@ -23,8 +25,8 @@ from stages.pages.review import Plan, drawn, needed
 from stages.pages.run import open_run
 from stages.tools.agreement import compared, majority
 from stages.tools.kappa import cohens_kappa, fleiss_kappa
-from tests.helpers import done, measured, refused, stage
-from tests.made_run import AWKWARD, make_run
+from tests.helpers import SMALL, TINY, done, measured, merged, refused, stage
+from tests.made_run import AWKWARD, Made, make_run
 
 PAGES = ("index", "gallery", "report", "review")
 
@@ -254,6 +256,49 @@ def test_what_is_no_run_and_what_is_no_folder_of_pages_is_refused(made, tmp_path
     refused(stage("browse", made, "--out", tmp_path / "mine"), "has no pages")
     assert (tmp_path / "mine/letter.txt").exists()
     refused(stage("browse", made, "--review-models", "base", "nobody"), "--review-models nobody", "c-sft")
+
+
+# An audit
+
+
+def make_audit(folder: Path) -> Path:
+    """Write an audit of two models, one with two images of each prompt, and return its folder."""
+    models = {name: {"checkpoint": f"checkpoints/{name}"} for name in ("calm", "hot")}
+    config = validate(merged(SMALL, {"run": folder.name, "audit": {"models": models}}) | {"arms": {}}, "test")
+    folder.mkdir()
+    (folder / "run_config.yaml").write_text(yaml.safe_dump(config.model_dump()))
+    known = Made(folder)
+    prompts = known.prompts("validation", [f"prompt of number {number}" for number in range(12)])
+    for model, count in (("calm", 1), ("hot", 2)):
+        known.draw(model, "validation", prompts, count)
+        known.judge(model, "validation", "shapes")
+    (folder / "audit").mkdir()
+    (folder / "audit/non.csv").write_text(
+        "model,source,easy mean,easy mean_ci_low,easy mean_ci_high,easy mean_n\nhot,x,25,5,45,12\n"
+    )
+    return folder
+
+
+def test_an_audit_has_pages_on_which_people_judge_the_audited_models(tmp_path):
+    folder = make_audit(tmp_path / "audited")
+    done("browse", folder, "--half-width", 20)
+    index = data(folder / "pages/gallery/validation/index.js")
+    assert (index["groups"], index["judges"]) == (["calm", "hot"], ["shapes"])
+    places = [image["group"] for prompt in shown(folder, "validation").values() for image in prompt["images"]]
+    assert (places.count(0), places.count(1)) == (12, 24)
+    assert "nothing to review yet" not in (folder / "pages/review.html").read_text()
+    key = pandas.read_csv(folder / "pages/review/sample.csv")
+    assert {name: len(rows) for name, rows in key.groupby("model")} == {"calm": 9, "hot": 15}
+    assert len(data(folder / "pages/review/sample.js")) == len(key)
+    text = (folder / "pages/index.html").read_text()
+    assert "calm: janus, checkpoints/calm; hot: janus, checkpoints/hot" in text
+    assert str(TINY) not in text  # no model is trained
+    report = (folder / "report.html").read_text()
+    assert "Audit: non-unification" in report and "5.0 to 45.0, n 12" in report
+    said = key[["candidate_id"]].assign(verdict="yes")
+    said.to_csv(tmp_path / "anna.csv", index=False)
+    result = done("tools.agreement", tmp_path / "anna.csv", "--run", folder, "--set", "validation")
+    assert "anna and shapes" in result.stdout
 
 
 # Review

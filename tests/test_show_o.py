@@ -1,6 +1,7 @@
 """Show-o: its vocabulary and sequences, what sees what, drawing, judging, losses, and the conversion from upstream's files."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from stages.families.show_o import convert as show_o_convert
 from stages.families.show_o.family import ShowO
 from stages.families.show_o.layout import SYSTEM, Layout, add_special_tokens
 from stages.families.show_o.magvit import Geometry, Magvit
-from stages.families.show_o.model import seen_asking, seen_drawing
+from stages.families.show_o.model import ShowOConfig, ShowOModel, seen_asking, seen_drawing
+from stages.families.tools.pictures import square
 from stages.shapes.tiny_show_o import VQ, text_tokenizer
 from tests.tiny_show_o import tiny_show_o
 
@@ -198,6 +200,29 @@ def test_pictures_of_another_size_are_resized_and_cut(family):
     assert torch.equal(family.encode(images)[0], family.encode(np.full((1, 64, 64, 3), 200, dtype=np.uint8))[0])
 
 
+@pytest.mark.parametrize(("height", "width"), [(48, 81), (81, 48), (96, 131), (131, 96)])
+def test_the_short_side_is_resized_bicubically_and_the_centre_is_cut_out(height, width, family):
+    """Against torch's own resampling: at most a level apart, where a shift by a pixel or another kernel makes many."""
+    image = np.random.default_rng(0).integers(64, 192, (height, width, 3), dtype=np.uint8)
+    short = min(height, width)
+    size = tuple(64 if edge == short else 64 * edge // short for edge in (height, width))
+    top, left = (round((edge - 64) / 2) for edge in size)
+
+    def resized(mode: str) -> np.ndarray:
+        pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+        return torch.nn.functional.interpolate(pixels, size, mode=mode, antialias=True)[0].permute(1, 2, 0).numpy()
+
+    def cut(whole: np.ndarray, down: int = 0, right: int = 0) -> np.ndarray:
+        return whole[top + down : top + down + 64, left + right : left + right + 64]
+
+    found = square(image[None], 64)[0].astype(float)
+    assert np.abs(found - cut(resized("bicubic"))).max() <= 1
+    shifted = cut(resized("bicubic"), 1, 0) if height > width else cut(resized("bicubic"), 0, 1)
+    for other in (cut(resized("bilinear")), shifted):
+        assert np.abs(found - other).max() > 10
+    assert torch.equal(family.encode(image[None]), family.encode(found[None].astype(np.uint8)))
+
+
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
@@ -294,6 +319,51 @@ def test_a_batch_that_does_not_fit_is_split_and_draws_the_same(family, monkeypat
     monkeypatch.setattr(family.memory, "room", 1)
     split = family.generate(PROMPTS, seeds(4), ShowOSampling(steps=4))
     assert np.array_equal(split.tokens, whole.tokens)
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def recomputed(model: ShowO, image: np.ndarray, question: str, count: int) -> tuple[list[int], list[float]]:
+    """Answer with `count` tokens, computing the whole sequence anew for each. Returns them and by how many nats each was
+    likelier than the end of the text."""
+    asked = model._asked(image[None], [question])
+    ids, margins = [], []
+    for _ in range(count):
+        logits = model.model(**asked)[0]
+        ids.append(int(logits.argmax()))
+        margins.append(float(logits.max() - logits[model.layout.text_end]))
+        length = asked["seen"].shape[1]
+        seen = torch.ones(1, length + 1, length + 1, dtype=torch.bool)  # the new token sees everything
+        seen[:, :length, :length], seen[:, :length, length] = asked["seen"], False
+        asked |= {"ids": torch.cat([asked["ids"], torch.tensor([ids[-1:]])], 1), "seen": seen, "columns": asked["columns"] + 1}
+    return ids, margins
+
+
+@pytest.mark.parametrize("through", ["codes", "tower"])
+def test_answers_with_cached_keys_are_those_of_recomputing_everything_and_stop_at_the_end(through, family, seeing, monkeypatch):
+    model = {"codes": family, "tower": seeing}[through]
+    monkeypatch.setattr(model.tokenizer, "decode", lambda ids, skip_special_tokens: ids)
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    questions = [QUESTION, "where is the star ?", "does this image show two red circles left of a striped blue square ?"]
+    wanted = [recomputed(model, image, question, 10) for image, question in zip(images, questions, strict=True)]
+    found = model.answer(images, questions, 10)
+    assert found == [ids for ids, _ in wanted]
+    assert len({token for ids in found for token in ids}) > 2  # they are not one token over and over
+
+    bias, stopped = model.model.llm.lm_head.bias, []
+    before = bias.detach().clone()
+    for image, question, (ids, margins) in zip(images, questions, wanted, strict=True):
+        last = int(np.argmin(margins))
+        with torch.no_grad():
+            bias[model.layout.text_end] += margins[last] + 1e-3  # now the text ends in the place of this token
+        try:
+            assert model.answer(image[None], [question], 10) == [ids[:last]]
+        finally:
+            bias.data.copy_(before)
+        stopped.append(last)
+    assert max(stopped) > 0
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
@@ -443,20 +513,23 @@ def write_upstream(folder: Path, family: ShowO, dtype: torch.dtype = torch.float
         if not name.startswith("vision."):
             named = name.replace("llm.", "showo.", 1).replace("projector.", "mm_projector.", 1)
             weights[named] = tensor.to(dtype).contiguous()
-    vq = dict(family.vq.state_dict()) | {"quantize.embedding": torch.ones(128, 7), "quantize.power_vals": torch.ones(7)}
+    codes, bits = family.layout.codes, family.vq.geometry.bits
+    vq = dict(family.vq.state_dict())
+    vq |= {"quantize.embedding": torch.ones(codes, bits), "quantize.power_vals": torch.ones(bits)}
     for name, tensors in (("show-o", weights), ("vq", vq)):
         (folder / name).mkdir(parents=True)
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name / "pytorch_model.safetensors")
     text = len(family.tokenizer) - 10
-    known = {"_class_name": "Showo", "_diffusers_version": "0.30.1", "codebook_size": 128, "llm_vocab_size": text}
+    known = {"_class_name": "Showo", "_diffusers_version": "0.30.1", "codebook_size": codes, "llm_vocab_size": text}
     known |= {"num_vq_tokens": 16, "vocab_size": config.text_config.vocab_size, "w_clip_vit": tower is not None}
     known |= {"mask_token_id": config.text_config.vocab_size - 1, "llm_model_path": "microsoft/phi-1_5"}
     (folder / "show-o" / "config.json").write_text(json.dumps(known | fields))
     text_tokenizer().save_pretrained(folder / "llm")
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
     phi = {name: getattr(config.text_config, name) for name in names}
-    phi |= {"model_type": "phi", "vocab_size": 51200, "qk_layernorm": False, "partial_rotary_factor": 0.5}
-    phi |= {"rope_theta": 10000.0, "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16"}
+    phi |= {name: config.text_config.rope_parameters[name] for name in ("partial_rotary_factor", "rope_theta")}
+    phi |= {"model_type": "phi", "vocab_size": 51200, "qk_layernorm": False}
+    phi |= {"rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16"}
     (folder / "llm" / "config.json").write_text(json.dumps(phi))
     if tower is not None:
         own = CLIPVisionModel(tower)
@@ -478,6 +551,72 @@ def test_a_converted_checkpoint_computes_what_upstream_does(variant, family, see
     assert np.array_equal(drawn[0].tokens, drawn[1].tokens)
     answers = [one.p_yes(drawn[0].images, [QUESTION] * 4)[0] for one in (model, copy)]
     np.testing.assert_allclose(*answers, rtol=0, atol=1e-6)
+
+
+def changed(family: ShowO, geometry: Geometry = VQ, **rope: float) -> ShowO:
+    """Return a Show-o with another image tokenizer or other rotary embeddings, with random weights."""
+    torch.manual_seed(1)
+    fields = family.model.config.to_dict()
+    fields["text_config"] |= {"vocab_size": len(family.tokenizer) + 2**geometry.bits + 1}
+    fields["text_config"]["rope_parameters"] |= rope
+    model = ShowOModel(ShowOConfig.from_dict(fields | {"vq_config": asdict(geometry)}))
+    vq = Magvit(geometry)
+    for parameter in (*model.parameters(), *vq.parameters()):
+        if parameter.dim() == 1:  # norms that all are the identity could be confused
+            torch.nn.init.normal_(parameter, mean=float(parameter.mean()), std=0.1)
+    return ShowO(model, vq, family.tokenizer)
+
+
+def test_the_image_tokenizer_has_upstreams_levels_and_size():
+    """As read off upstream's models/modeling_magvitv2.py: channels and residual blocks of each level, the finest first."""
+    with torch.device("meta"):
+        vq = Magvit(Geometry())
+    levels = [
+        [(level.block[-1].conv2.out_channels, len(level.block)) for level in part] for part in (vq.encoder.down, vq.decoder.up)
+    ]
+    assert levels == [[(128, 4), (256, 3), (256, 4), (512, 3), (512, 4)], [(128, 4), (128, 4), (256, 3), (256, 4), (512, 3)]]
+    shortcuts = {name.removesuffix(".weight") for name in vq.state_dict() if name.endswith("nin_shortcut.weight")}
+    places = ("encoder.down.1", "encoder.down.3", "decoder.up.3", "decoder.up.1")
+    assert shortcuts == {f"{place}.block.0.nin_shortcut" for place in places}
+    kept = 8192 * 13 + 13  # numbers that upstream's file has beside the parameters: the codes' latents, and powers of two
+    assert 4 * (sum(parameter.numel() for parameter in vq.parameters()) + kept) == pytest.approx(382e6, abs=5e5)  # its bytes
+
+
+def test_an_image_tokenizer_of_upstreams_structure_converts(family, tmp_path):
+    """Narrower, but with all levels, blocks and shortcuts, and with 8,192 codes."""
+    geometry = Geometry(channels=32)
+    model = changed(family, geometry)
+    files = write_upstream(tmp_path, model)
+    found = show_o_convert.convert(**files, out=tmp_path / "out", max_text=32, geometry=geometry)
+    assert max(found.values()) < 1e-5
+    copy = ShowO.load(tmp_path / "out")
+    drawn = [one.generate(PROMPTS[:2], seeds(2), ShowOSampling(steps=2)) for one in (model, copy)]
+    assert np.array_equal(drawn[0].tokens, drawn[1].tokens)
+    assert drawn[0].tokens.max() > 128
+    assert np.array_equal(drawn[0].images, drawn[1].images)
+    assert torch.equal(model.encode(drawn[0].images), copy.encode(drawn[0].images))
+
+    path = files["vq_folder"] / "pytorch_model.safetensors"
+    weights = load_file(path)
+    shallow = {name: tensor for name, tensor in weights.items() if not name.startswith("decoder.up.4.block.2")}
+    save_file(shallow, path)
+    with pytest.raises(UserError, match=r"no tensor decoder\.up\.4\.block\.2"):
+        show_o_convert.convert(**files, out=tmp_path / "again", max_text=32, geometry=geometry)
+
+
+def test_rotary_embeddings_that_are_not_the_default_survive_a_conversion(family, tmp_path):
+    model = changed(family, rope_theta=500.0, partial_rotary_factor=0.25)
+    usual = changed(family)
+    usual.model.load_state_dict(model.model.state_dict())
+    files = write_upstream(tmp_path, model)
+    assert max(show_o_convert.convert(**files, out=tmp_path / "out", max_text=32, geometry=VQ).values()) < 1e-5
+    copy = ShowO.load(tmp_path / "out")
+    rope = copy.model.config.text_config.rope_parameters
+    assert (rope["rope_theta"], rope["partial_rotary_factor"]) == (500.0, 0.25)
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    states = [one._hidden(one._asked(images, [QUESTION, QUESTION])) for one in (model, copy, usual)]
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=1e-6)
+    assert (states[2] - states[0]).abs().max() > 1e-3  # what is lost would be seen
 
 
 def test_a_conversion_in_bfloat16_keeps_its_type_and_is_checked_as_exactly(family, tmp_path):

@@ -9,14 +9,17 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from scipy.stats import ks_2samp
 
 from stages.common import manifests, shards
 from stages.common.config import Train, load, validate
 from stages.families import checkpoint_hash
 from stages.families.base import Pictures
 from stages.families.janus.family import Janus
+from stages.families.show_o.family import ShowO
 from stages.training.rows import Material
 from tests.helpers import SMALL, TINY, losses, prepare, refused, train, trained
+from tests.tiny_show_o import tiny_show_o
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
@@ -89,6 +92,19 @@ def test_lora_trains_few_numbers_and_leaves_a_plain_checkpoint(small_inputs, tmp
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.startswith(LLM[0]) and "_proj." in name}
+    sizes = [sum(before[name].shape) * 2 for name in changed]
+    assert f"{sum(sizes):,} trainable numbers" in text
+    for name in changed:
+        assert torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3) <= 2
+
+
+def test_lora_trains_every_linear_layer_of_show_os_transformer(show_o_inputs, tmp_path):
+    text = trained(prepare(tmp_path, show_o_inputs, "sft", 2, lora_rank=2, prompt_dropout=0.3), tmp_path)
+    before, after = tensors(show_o_inputs / "model"), tensors(tmp_path / "checkpoint")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    parts = ShowO.load(tmp_path / "checkpoint").model.named_modules()
+    assert changed == {f"{name}.weight" for name, part in parts if isinstance(part, torch.nn.Linear)}
     sizes = [sum(before[name].shape) * 2 for name in changed]
     assert f"{sum(sizes):,} trainable numbers" in text
     for name in changed:
@@ -173,6 +189,17 @@ def test_as_many_prompts_are_dropped_as_the_settings_say():
     assert np.mean(dropped(0.1)) == pytest.approx(0.1, abs=0.03)
     assert not any(dropped(0.0))
     assert dropped(0.1) == dropped(0.1) != dropped(0.1, seed=1)
+
+
+def test_a_row_without_a_prompt_has_a_mask_and_a_timestep_like_any_other():
+    schedule = [{"chosen": f"{i:024x}", "rejected": None, "epoch": i % 7} for i in range(3000)]
+    material = Material(schedule, {}, None, False, 0, 0.3, 0)
+    places = range(len(schedule))
+    dropped, seeds = np.array(material.dropped(places)), material.seeds(places)
+    shares = tiny_show_o().masks(seeds)[:, 0].mean(1)
+    times = np.array([np.random.Generator(np.random.Philox(int(seed))).random() for seed in seeds])  # the toy flow's
+    for values in (shares, times):
+        assert ks_2samp(values[dropped], values[~dropped]).pvalue > 0.01
 
 
 def test_trls_fused_log_probabilities_are_our_own(small_inputs, tiny):

@@ -34,6 +34,12 @@ JUDGING = {
     "pool": "pool",
 }
 FINDINGS = ("finding", "threshold_finding", "warning")
+AUDIT = {  # tables of stages.audit
+    "non": "non-unification",
+    "judge": "the model's own judge",
+    "agreement": "agreement of judges",
+    "forecast": "what a training would get",
+}
 PACKAGES = ("selfgap", "torch", "transformers", "trl", "deepspeed", "peft", "numpy", "pillow", "pyarrow", "snakemake")
 POINTS = 200  # of a curve
 WIDEST = 1600  # pixels of an embedded picture
@@ -101,8 +107,8 @@ def read_table(path: Path, labels: Sequence[str], title: str) -> list[Grid]:
 
 
 def metrics_of(run: Run) -> list[Row]:
-    """Return the metrics of base, baselines and arms that exist."""
-    models = [*run.config.untrained(), *run.config.arms]
+    """Return the metrics of base, baselines, arms and audited models that exist."""
+    models = run.compared()
     places = [("metrics", name) for name in run.config.benchmarks]
     places += [("understanding", name) for name in run.config.understanding]
     paths = [run.folder / model / kind / f"{name}.parquet" for kind, name in places for model in models]
@@ -126,11 +132,13 @@ def so_far(rows: list[Row]) -> list[Grid]:
 
 
 def tables(run: Run, rows: list[Row]) -> list[Grid]:
-    """Return the result tables, or what has been measured so far."""
+    """Return the result tables and those of an audit, or what has been measured so far."""
     folder = run.folder / "tables"
     found = read_table(folder / "generation.csv", ["model", "source"], "Generation, overall")
     found += read_table(folder / "by_subtask.csv", ["category", "difficulty", "model", "source"], "by subtask")
     found += read_table(folder / "understanding.csv", ["model", "source"], "Understanding, overall")
+    for name, title in AUDIT.items():
+        found += read_table(run.folder / "audit" / f"{name}.csv", ["model", "source"], f"Audit: {title}")
     return found or so_far(rows)
 
 
@@ -218,9 +226,10 @@ def points(rows: list[Row], row_of: str, value: str, low: str, high: str) -> lis
     return [plots.Point(r[row_of], r["arm"], r[value], r[low], r[high]) for r in rows if r[value] is not None]
 
 
-def nothing(row: Row, value: str) -> bool:
-    """Return whether a row says nothing: base does not differ from itself, so it has no difference and no win rate."""
-    return row["arm"] == BASE and (value == "delta" or row["metric"] == "und_paper")
+def nothing(run: Run, row: Row, value: str) -> bool:
+    """Return whether a row says nothing: no model differs from itself, so base and audited models have no such numbers."""
+    alone = row["arm"] == BASE or row["arm"] in run.config.audit.models
+    return alone and (value == "delta" or row["metric"] == "und_paper")
 
 
 def interval_plots(run: Run, rows: list[Row]) -> list[Figure]:
@@ -235,7 +244,7 @@ def interval_plots(run: Run, rows: list[Row]) -> list[Figure]:
         def panels(overall: bool, keys: Sequence[str], parts: dict[str, list[Row]] = by_metric) -> dict[str, list[plots.Point]]:
             found = {}
             for label, part in parts.items():
-                shown = [r for r in part if (r["category"] == OVERALL) is overall and not nothing(r, keys[0])]
+                shown = [r for r in part if (r["category"] == OVERALL) is overall and not nothing(run, r, keys[0])]
                 found[label] = points(shown, "arm" if overall else "category", *keys)
             return found
 
@@ -310,7 +319,7 @@ def facts_of(run: Run) -> Row:
     return {
         "run": config.run,
         "seed": config.seed,
-        "model": f"{config.model.family}, {config.model.checkpoint}",
+        "model": run.subject(),
         "missing": run.missing(),
         "tables": tables(run, rows),
         "plots": interval_plots(run, rows),

@@ -33,8 +33,9 @@ PIXELS = 112  # smaller pictures are shown enlarged without smoothing
 class Plan:
     """What people are asked about.
 
-    set: the set of prompts, or None for the first benchmark. models: or None for base, baselines and arms. half_width: of the
-    95 % interval, as a share. by: whether the interval is wanted for each model over its subtasks, or for each subtask.
+    set: the set of prompts, or None for the first benchmark. models: or None for base, baselines, arms and audited models.
+    half_width: of the 95 % interval, as a share. by: whether the interval is wanted for each model over its subtasks, or for
+    each subtask.
     """
 
     set: str | None = None
@@ -81,7 +82,7 @@ def choose(run: Run, plan: Plan) -> tuple[str, list[Group]] | None:
     if name not in sets:
         raise UserError(f"--review-set {name}: nothing has been drawn for a set of this name; there is {', '.join(sets)}")
     groups = run.groups(name)
-    wanted = plan.models or [g.name for g in groups if g.name in run.config.untrained() or g.name in run.config.arms]
+    wanted = plan.models or [group.name for group in groups if group.name in run.compared()]
     if unknown := sorted(set(wanted) - {group.name for group in groups}):
         known = ", ".join(group.name for group in groups)
         raise UserError(f"--review-models {unknown[0]}: has drawn nothing for {name}; the models are {known}")

@@ -58,8 +58,19 @@ class Run:
         return sorted((self.folder / group.name / kind / group.images).glob("*.parquet"))
 
     def models(self) -> list[str]:
-        """Return the models that draw benchmarks: base, baselines and trained checkpoints, in the order of training."""
-        return [*self.config.untrained(), *arms.nodes(self.config)]
+        """Return the models that draw benchmarks: base, baselines, checkpoints in the order of training, and audited models."""
+        return [*self.config.untrained(), *arms.nodes(self.config), *self.config.audit.models]
+
+    def compared(self) -> list[str]:
+        """Return the models that people compare: those of `models` without the checkpoints in the middle of a training."""
+        return [*self.config.untrained(), *self.config.arms, *self.config.audit.models]
+
+    def subject(self) -> str:
+        """Return in words which checkpoints the run is about: the model that it trains, if any, and those that it audits."""
+        config = self.config
+        audited = [f"{name}: {model.family}, {model.checkpoint}" for name, model in config.audit.models.items()]
+        own = [f"{config.model.family}, {config.model.checkpoint}"] if config.arms or not audited else []
+        return "; ".join([*own, *audited])
 
     def replays(self) -> list[arms.Replay]:
         return list(arms.replays(self.config).values())

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from stages.common.candidates import Candidates
-from stages.common.seeds import draw_seed, uniforms
+from stages.common.seeds import draw_seed, hash_seed, uniforms
 from stages.families.base import Pictures, TokenRows, TrainingView
 
 Row = dict[str, Any]
@@ -38,10 +38,15 @@ class Material:
         return [self.prompts[self.schedule[place]["prompt_id"]] for place in places]
 
     def dropped(self, places: Sequence[int]) -> list[bool]:
-        """Return which rows are trained without their prompt. It depends on the pair and the epoch, as all draws do."""
+        """Return which rows are trained without their prompt. It depends on the pair and the epoch, as all draws do.
+
+        It has seeds of its own: a family takes its mask or timestep from the first numbers of a row's seed, so the same numbers
+        here would give rows without a prompt other masks or timesteps than the rest.
+        """
         if not self.prompt_dropout:
             return [False] * len(places)
-        return [float(uniforms(self.seeds([place]), 1)[0, 0]) < self.prompt_dropout for place in places]
+        own = np.array([hash_seed("prompt dropout", seed) for seed in self.seeds(places)])
+        return (uniforms(own, 1)[:, 0] < self.prompt_dropout).tolist()
 
     def seeds(self, places: Sequence[int]) -> np.ndarray:
         """Return the seeds of everything random in the losses of these rows, int64 `[n]`."""
