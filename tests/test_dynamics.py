@@ -19,6 +19,7 @@ from stages.dynamics.terms import Terms, blocks
 from stages.families import describe
 from stages.families.base import Pictures
 from tests.helpers import TINY, done, process_of, refused, stage, trained, wait_until, write_config
+from tests.tiny_show_o import tiny_show_o
 
 PROMPTS = ["a red circle", "a blue circle", "two squares", "a red square above a blue cross"]
 CODES = 8
@@ -381,3 +382,123 @@ def test_a_subset_that_the_model_does_not_have_is_refused(chosen, tmp_path):
     (tmp_path / "config.yaml").write_text(text)
     arguments = ["--config", tmp_path / "config.yaml", *terms_command(chosen, tmp_path)[2:]]
     refused(stage("dynamics.terms", *arguments), "dynamics.parameters", "layers.9", "layers.3")
+
+
+# --- Show-o: a likelihood that is an estimate under masks --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    """A small random Show-o's folder with a configuration and candidates, two probes and three rows, and their manifests."""
+    folder = tmp_path_factory.mktemp("masked")
+    checkpoint = folder / "checkpoint"
+    tiny_show_o().save(checkpoint)
+    arms = {"sft": {"objective": "sft", "epochs": 1}, "dpo": {"objective": "dpo", "epochs": 1}}
+    config = write_config(
+        folder,
+        model={"family": "show_o", "checkpoint": str(checkpoint)},
+        prompts={"count": 6},
+        generate={"candidates": 2, "sampling": {"guidance_scale": 0.0}},
+        train={"learning_rate": 1e-4},
+        arms=arms,
+        dynamics={"step_sizes": [0.5, 0.25, 0.125]},
+    )
+    done("prompts", "--config", config, "--set", "train", "--out", folder / "prompts.parquet")
+    done("generate", "--config", config, "--prompts", folder / "prompts.parquet",
+         "--out", folder / "candidates.parquet", "--images", folder / "candidates.tar")  # fmt: skip
+    prompts = {row["prompt_id"]: row for row in manifests.read_rows(folder / "prompts.parquet", "prompts")}
+    drawn = manifests.read_rows(folder / "candidates.parquet", "candidates")
+    texts = [row["prompt"] for row in prompts.values()]
+
+    def common(row: dict, number: int) -> dict:
+        prompt = prompts[row["prompt_id"]]
+        return {"prompt_id": row["prompt_id"], "prompt": prompt["prompt"], "category": prompt["category"], "seed": number}
+
+    probes = [
+        {"candidate_id": row["candidate_id"], "right": None, "p_yes": None, **common(row, number)}
+        for number, row in enumerate(drawn[:2])
+    ]
+    probes = [probe | {"alternatives": [text for text in texts if text != probe["prompt"]][:2]} for probe in probes]
+    pairs = [(drawn[4], None, "sft"), (drawn[6], None, "sft"), (drawn[8], drawn[9], "dpo")]
+    rows = [
+        {"row_id": str(number), "objective": kind, "arm": kind, "round": 0, "chosen": one["candidate_id"], "right": None,
+         "rejected": two and two["candidate_id"], **common(one, 10 + number)}
+        for number, (one, two, kind) in enumerate(pairs)
+    ]  # fmt: skip
+    for kind, items in (("probes", probes), ("rows", rows)):
+        manifests.write(folder / f"{kind}.parquet", f"dynamics_{kind}", items, stage="stages.dynamics.select")
+    arguments = ("--config", config, "--probes", folder / "probes.parquet", "--rows", folder / "rows.parquet",
+                 "--candidates", folder / "candidates.parquet", "--checkpoint", checkpoint)  # fmt: skip
+    return folder, arguments, probes, rows
+
+
+def test_terms_of_a_masked_model_are_finite_differences_under_the_same_masks(masked):
+    from stages.common.config import load
+    from stages.dynamics.material import open_material
+
+    folder, arguments, probes, rows = masked
+    done("dynamics.terms", *arguments, "--out", folder / "terms.parquet", "--values", folder / "values.parquet")
+    assert manifests.facts(folder / "terms.parquet")["settings"]["likelihood"] == "estimate"
+    terms = pandas.read_parquet(folder / "terms.parquet")
+    terms = terms[terms.subset == "all"].set_index(["candidate_id", "row_id"])[["delta_g", "delta_u", "delta_j"]]
+    material = open_material(load(folder / "config.yaml"), folder / "checkpoint", probes, rows, [folder / "candidates.parquet"])
+    with double(material.model.view.model):
+        for row in (rows[0], rows[2]):
+            direction = material.descent(row)
+            step = 1e-4 / float(direction.norm())
+            measured = []
+            for size in (step, -step):
+                gradients.move(material.parameters, size * direction)
+                with torch.no_grad():
+                    measured.append(material.values(probes[0]).numpy())
+                gradients.move(material.parameters, -size * direction)
+            difference = (measured[0] - measured[1]) / (2 * step)
+            assert difference == pytest.approx(terms.loc[probes[0]["candidate_id"], row["row_id"]].to_numpy(), rel=1e-4)
+            assert np.abs(difference).min() > 0
+
+
+def test_a_step_of_a_masked_model_does_what_is_predicted(masked):
+    folder, arguments, _, _ = masked
+    done("dynamics.steps", *arguments, "--out", folder / "steps.parquet")
+    steps = pandas.read_parquet(folder / "steps.parquet")
+    assert len(steps) == 2 * 2 * 3 * 2 * 3  # objectives, optimizers, sizes, probes, quantities
+    squares = steps.assign(square=(steps.measured - steps.predicted) ** 2)
+    errors = squares.groupby(["objective", "optimizer", "quantity", "size"]).square.sum().unstack() ** 0.5
+    assert ((errors[0.25] / errors[0.125]).between(3, 5)).all(), errors
+    small = steps[steps["size"] == 0.125]
+    lengths = small.assign(square=small.predicted**2).groupby(["objective", "optimizer", "quantity"]).square.sum() ** 0.5
+    assert (errors[0.125] < 0.2 * lengths).all(), errors[0.125] / lengths
+
+
+def test_a_masked_model_embeds_prompts_and_pictures(masked):
+    from stages.common.settings import Model
+    from stages.families import open_family
+
+    folder, arguments, _, _ = masked
+    prompts = ("--prompts", folder / "prompts.parquet")
+    done("dynamics.embed", *arguments[:2], *prompts, *arguments[-4:], "--out", folder / "embeddings.parquet")
+    found = pandas.read_parquet(folder / "embeddings.parquet")
+    mine = found[found.source == "model"]
+    assert len(mine) == 12
+    assert mine.groupby("prompt_id").prompt.apply(lambda of: np.ptp(np.stack(of), axis=0).max() < 1e-5).all()
+    assert np.allclose([np.linalg.norm(vector) for vector in (*mine.prompt, *mine.image)], 1, atol=1e-5)
+    images = np.stack(mine.image.to_list())
+    assert (images @ images.T)[np.triu_indices(12, 1)].max() < 1 - 1e-6  # pictures differ
+
+    family = open_family(Model(family="show_o", checkpoint=str(folder / "checkpoint")), None, "train")
+    codes, seeds = np.random.default_rng(0).integers(0, 128, (3, 16)), np.array([3, 4, 5])
+    texts = ["a red circle", "two squares", "a red square above a blue cross"]
+    read, drawn = family.mean_states(texts, Pictures(tokens=codes), seeds)
+    # The reference: one row at a time, without pads and without a batch. A prompt is read without any picture.
+    for place, text in enumerate(texts):
+        ids = family.layout.drawing(text)
+        states = family.model.llm.model(torch.tensor([ids]), use_cache=False).last_hidden_state[0]  # causal, as text is
+        assert np.allclose(read[place], states.detach().mean(0), atol=1e-5)
+        arguments, _ = family.masked([""], codes[place : place + 1], family.masks(seeds[place : place + 1])[:, 0])
+        seen = family.model.attention_mask(arguments["seen"], torch.float32)
+        inputs = family.model.embedded(arguments["ids"])
+        states = family.model.llm.model(inputs_embeds=inputs, attention_mask=seen, use_cache=False).last_hidden_state[0]
+        first = len(family.layout.drawing("")) + 1  # after the token of the picture's begin
+        assert np.allclose(drawn[place], states[first : first + 16].detach().mean(0), atol=1e-5)
+    assert np.array_equal(family.mean_states(["another"] * 3, Pictures(tokens=codes), seeds)[1], drawn)
+    assert not np.allclose(family.mean_states(texts, Pictures(tokens=codes), seeds + 7)[1], drawn)
