@@ -18,7 +18,18 @@ from stages.dynamics.precision import double
 from stages.dynamics.terms import Terms, blocks
 from stages.families import describe
 from stages.families.base import Pictures
-from tests.helpers import TINY, done, process_of, refused, stage, trained, wait_until, write_config
+from tests.helpers import (
+    TINY,
+    completed,
+    copy_of_the_project,
+    done,
+    process_of,
+    refused,
+    stage,
+    trained,
+    wait_until,
+    write_config,
+)
 from tests.tiny_show_o import tiny_show_o
 
 PROMPTS = ["a red circle", "a blue circle", "two squares", "a red square above a blue cross"]
@@ -294,10 +305,15 @@ def examined(chosen, small_inputs, tmp_path_factory):
     trained(training, folder.parent)
     done("dynamics.follow", *training, "--probes", folder / "probes.parquet", "--checkpoint", TINY,
          "--trained", folder.parent / "checkpoint", "--out", folder / "path/sft.parquet")  # fmt: skip
-    done("dynamics.claims", *config, "--dynamics", folder, "--scores", small_inputs / "scores.parquet",
-         "--verdicts", chosen[0] / "verdicts.parquet", "--scores-of-base", "sft", small_inputs / "scores.parquet",
-         "--pairs", "sft", chosen[0] / "sft.parquet", "--out", folder / "claims.parquet")  # fmt: skip
+    done("dynamics.claims", *config, "--dynamics", folder, *judged(chosen, small_inputs), "--out", folder / "claims.parquet")
     return folder
+
+
+def judged(chosen, small_inputs) -> tuple:
+    """Return the arguments of claims that are about verdicts and training data."""
+    scores = small_inputs / "scores.parquet"
+    return ("--scores", scores, "--verdicts", chosen[0] / "verdicts.parquet", "--scores-of-base", "sft", scores,
+            "--pairs", "sft", chosen[0] / "sft.parquet")  # fmt: skip
 
 
 def test_the_error_of_a_step_falls_as_its_square(examined):
@@ -331,7 +347,7 @@ def test_sketches_give_nearly_the_exact_terms(examined):
 def test_the_page_has_all_claims_and_keeps_what_stands_around_them(examined, tmp_path):
     out = tmp_path / "page.md"
     done("dynamics.page", "--dynamics", examined, "--out", out, "--csv", tmp_path / "page.csv")
-    for name in ("steps", "path", "terms"):
+    for name in ("steps", "path", "terms", "proxies"):
         assert (tmp_path / f"page-{name}.png").stat().st_size > 10_000
     text = out.read_text()
     claims = set(pandas.read_parquet(examined / "claims.parquet").claim)
@@ -343,6 +359,64 @@ def test_the_page_has_all_claims_and_keeps_what_stands_around_them(examined, tmp
     assert out.read_text().startswith("# Mine\n\nMy own words.")
     assert out.read_text().count("### One step") == 1
     assert "two runs" in out.read_text()
+
+
+def test_without_exact_terms_there_are_similarities_and_densities(examined, chosen, small_inputs, tmp_path):
+    """The page of a model that is too large for anything else, and the claims of a folder that has nothing else."""
+    folder, arguments = tmp_path / "dynamics", (*chosen[1][:2], *judged(chosen, small_inputs))
+    for kind in ("embeddings", "sketches"):
+        shutil.copytree(examined / kind, folder / kind)
+    for name in ("probes.parquet", "rows.parquet"):
+        shutil.copy(examined / name, folder / name)
+    done("dynamics.claims", *arguments, "--dynamics", folder, "--proxies", "--out", folder / "proxies.parquet")
+    claims = pandas.read_parquet(folder / "proxies.parquet")
+    assert set(claims.claim) == {"density", "category", "pair", "rows", "proxies", "corrections"}
+    found, exact = (
+        {(row.claim, row.group, row.measure): row.value for row in table.itertuples()}
+        for table in (claims, pandas.read_parquet(examined / "claims.parquet"))
+    )
+    sketches = pandas.read_parquet(folder / "sketches").groupby("kind").sketch
+    vectors = {kind: np.array(part.to_list(), dtype=float) for kind, part in sketches}
+    for objective in ("sft", "dpo"):
+        products, group = vectors["probe"] @ vectors[objective].T, f"compressed, {objective}"
+        assert found["density", group, "above zero"] == pytest.approx((products > 0).mean())
+        assert found["density", group, "quantile 0.5"] == pytest.approx(np.median(products))
+        assert 0 <= found["density", group, "beyond_noise"] <= 1
+    medians = [of["density", f"{group}, sft", "quantile 0.5"] for of, group in ((found, "compressed"), (exact, "base"))]
+    assert medians[0] == pytest.approx(medians[1], rel=0.5)
+    place = ("corrections", "sft, model, random", "prompt")
+    assert found[place] == pytest.approx(exact[place])
+
+    done("dynamics.page", "--dynamics", folder, "--proxies", "--out", folder / "proxies.md")
+    text = (folder / "proxies.md").read_text()
+    assert "predicted against measured steps; followed trainings; exact terms" in text
+    assert "### Similarity to the nearest training pair" in text
+    assert "### One step" not in text
+    assert (folder / "proxies-proxies.png").stat().st_size > 10_000
+    assert len(list(folder.glob("*.png"))) == 1
+    done("dynamics.claims", *arguments, "--dynamics", folder, "--out", folder / "claims.parquet")
+    assert set(pandas.read_parquet(folder / "claims.parquet").claim) == {"density", "corrections"}
+
+
+@pytest.mark.parametrize("target", ["dynamics", "dynamics_proxies"])
+def test_a_dry_run_plans_it_and_every_job_can_say_what_it_needs(target, tmp_path):
+    """Snakemake evaluates the functions of resources in a dry run only where it prints them: for jobs without a message."""
+    source = copy_of_the_project(tmp_path)
+    rules = source / "workflow/rules/dynamics.smk"
+    rules.write_text(re.sub(r"( +)message:\n +\".*\"\n", "", rules.read_text()))
+    write_config(tmp_path / "run")
+    output = completed(tmp_path / "run", "-n", "--printshellcmds", target, source=source)
+    jobs = re.findall(r"^rule (dynamics_\w+):\n((?: .*\n|\n(?= ))*)", output, re.MULTILINE)
+    planned = {name for name, _ in jobs} - {target}
+    common = {"dynamics_select", "dynamics_embed", "dynamics_sketch"}
+    exact = {f"dynamics_{name}" for name in ("terms", "steps", "follow", "logits", "claims", "page")}
+    proxies = {"dynamics_proxy_claims", "dynamics_proxies_page"}
+    assert planned == common | (exact if target == "dynamics" else proxies)
+    light = {"dynamics_select", "dynamics_claims", "dynamics_page", *proxies}
+    for name, text in jobs:
+        if name != target:
+            wanted = ["mem_mb"] if name in light else ["mem_mb", "runtime"]
+            assert all(re.search(rf"resources:.*\b{key}=\d+", text) for key in wanted), text
 
 
 def test_the_cost_of_sketches_is_said_beforehand(chosen, tmp_path):
