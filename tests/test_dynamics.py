@@ -398,6 +398,17 @@ def test_without_exact_terms_there_are_similarities_and_densities(examined, chos
     assert set(pandas.read_parquet(folder / "claims.parquet").claim) == {"density", "corrections"}
 
 
+def test_judging_is_counted_by_category(examined):
+    claims = pandas.read_parquet(examined / "claims.parquet")
+    probes = pandas.read_parquet(examined / "probes.parquet")[: DYNAMICS["probes"]]
+    table = claims[claims.claim == "judging"].pivot(index="group", columns="measure", values="value")
+    assert set(table.index) == {f"sft, {name}" for name in ["overall", *probes.category]}
+    each = table.drop("sft, overall")
+    assert np.allclose(table.loc["sft, overall"], each.mean())
+    right = probes.assign(agrees=(probes.p_yes > 0.5) == probes.right).groupby("category").agrees.mean()
+    assert np.allclose(each.before, 100 * right[[group.split(", ")[1] for group in each.index]])
+
+
 @pytest.mark.parametrize("target", ["dynamics", "dynamics_proxies"])
 def test_a_dry_run_plans_it_and_every_job_can_say_what_it_needs(target, tmp_path):
     """Snakemake evaluates the functions of resources in a dry run only where it prints them: for jobs without a message."""

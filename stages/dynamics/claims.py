@@ -19,8 +19,9 @@ gain          of Gen. by category, in points. `measured` is that of the benchmar
               chance in the images, where images are drawn without guidance at temperature 1; `effective_images` is the
               number of equally weighed images that would be as good, (sum of weights)^2 by the sum of their squares.
               `first_order` has the summed first-order change in place of exp(change)
-judging       of the answering branch on the base model's images, in points: share of verdicts that the external judge confirms,
-              after minus before, with measured log odds and with those that the summed first-order terms predict
+judging       of the answering branch on the base model's images by category, in points: share of verdicts that the external
+              judge confirms, after minus before, with measured log odds and with those that the summed first-order terms
+              predict; overall is the mean over categories
 signs         share of pairs of a probe and a training row in which two terms have the same sign (`same`), and the share that
               independent signs of the same frequencies would have (`chance`)
 category      mean term for training rows of the probe's own category (`own`), of others (`other`), and the difference
@@ -287,10 +288,15 @@ def gain_claims(arm: str, table: Any, probes: dict[str, Row], metrics: list[Row]
     return found
 
 
+def mean_of_categories(values: np.ndarray, categories: np.ndarray) -> float:
+    return float(np.mean([values[categories == name].mean() for name in np.unique(categories)]))
+
+
 def judging_claims(arm: str, table: Any, probes: dict[str, Row], values: dict[str, Row]) -> list[Found]:
+    """Return how often the answering branch is right before and after training, by category and overall."""
     rows = [row for row in table.to_dict("records") if probes[row["candidate_id"]]["right"] is not None]
     rows = [row for row in rows if row["candidate_id"] in values]
-    clusters = [probes[row["candidate_id"]]["prompt_id"] for row in rows]
+    clusters, categories = (np.array([probes[row["candidate_id"]][key] for row in rows]) for key in ("prompt_id", "category"))
     right = np.array([probes[row["candidate_id"]]["right"] for row in rows], dtype=bool)
     before = np.array([values[row["candidate_id"]]["log_odds"] for row in rows], dtype=float)
     first, change = (np.array([row[name] for row in rows], dtype=float) for name in ("summed", "measured"))
@@ -301,7 +307,14 @@ def judging_claims(arm: str, table: Any, probes: dict[str, Row], values: dict[st
         "first_order": 100.0 * agrees["f"] - 100.0 * agrees[""],
         "verdicts_foretold": 100.0 * (agrees["f"] == agrees["m"]),
     }
-    return [resampled("judging", arm, name, lambda i, v=v: float(v[i].mean()), clusters) for name, v in gains.items()]
+    found: list[Found] = []
+    for name in ["overall", *np.unique(categories)]:
+        part = np.ones(len(rows), dtype=bool) if name == "overall" else categories == name
+        for measure, values in gains.items():
+            arrays = (values[part], categories[part])
+            statistic = lambda i, arrays=arrays: mean_of_categories(*(array[i] for array in arrays))  # noqa: E731
+            found.append(resampled("judging", f"{arm}, {name}", measure, statistic, clusters[part]))
+    return found
 
 
 def same_category(of: Terms) -> np.ndarray:
