@@ -18,7 +18,19 @@ from stages.dynamics.precision import double
 from stages.dynamics.terms import Terms, blocks
 from stages.families import describe
 from stages.families.base import Pictures
-from tests.helpers import TINY, done, process_of, refused, stage, trained, wait_until, write_config
+from tests.helpers import (
+    TINY,
+    completed,
+    copy_of_the_project,
+    done,
+    process_of,
+    refused,
+    stage,
+    trained,
+    wait_until,
+    write_config,
+)
+from tests.tiny_show_o import tiny_show_o
 
 PROMPTS = ["a red circle", "a blue circle", "two squares", "a red square above a blue cross"]
 CODES = 8
@@ -293,10 +305,15 @@ def examined(chosen, small_inputs, tmp_path_factory):
     trained(training, folder.parent)
     done("dynamics.follow", *training, "--probes", folder / "probes.parquet", "--checkpoint", TINY,
          "--trained", folder.parent / "checkpoint", "--out", folder / "path/sft.parquet")  # fmt: skip
-    done("dynamics.claims", *config, "--dynamics", folder, "--scores", small_inputs / "scores.parquet",
-         "--verdicts", chosen[0] / "verdicts.parquet", "--scores-of-base", "sft", small_inputs / "scores.parquet",
-         "--pairs", "sft", chosen[0] / "sft.parquet", "--out", folder / "claims.parquet")  # fmt: skip
+    done("dynamics.claims", *config, "--dynamics", folder, *judged(chosen, small_inputs), "--out", folder / "claims.parquet")
     return folder
+
+
+def judged(chosen, small_inputs) -> tuple:
+    """Return the arguments of claims that are about verdicts and training data."""
+    scores = small_inputs / "scores.parquet"
+    return ("--scores", scores, "--verdicts", chosen[0] / "verdicts.parquet", "--scores-of-base", "sft", scores,
+            "--pairs", "sft", chosen[0] / "sft.parquet")  # fmt: skip
 
 
 def test_the_error_of_a_step_falls_as_its_square(examined):
@@ -330,7 +347,7 @@ def test_sketches_give_nearly_the_exact_terms(examined):
 def test_the_page_has_all_claims_and_keeps_what_stands_around_them(examined, tmp_path):
     out = tmp_path / "page.md"
     done("dynamics.page", "--dynamics", examined, "--out", out, "--csv", tmp_path / "page.csv")
-    for name in ("steps", "path", "terms"):
+    for name in ("steps", "path", "terms", "proxies"):
         assert (tmp_path / f"page-{name}.png").stat().st_size > 10_000
     text = out.read_text()
     claims = set(pandas.read_parquet(examined / "claims.parquet").claim)
@@ -342,6 +359,75 @@ def test_the_page_has_all_claims_and_keeps_what_stands_around_them(examined, tmp
     assert out.read_text().startswith("# Mine\n\nMy own words.")
     assert out.read_text().count("### One step") == 1
     assert "two runs" in out.read_text()
+
+
+def test_without_exact_terms_there_are_similarities_and_densities(examined, chosen, small_inputs, tmp_path):
+    """The page of a model that is too large for anything else, and the claims of a folder that has nothing else."""
+    folder, arguments = tmp_path / "dynamics", (*chosen[1][:2], *judged(chosen, small_inputs))
+    for kind in ("embeddings", "sketches"):
+        shutil.copytree(examined / kind, folder / kind)
+    for name in ("probes.parquet", "rows.parquet"):
+        shutil.copy(examined / name, folder / name)
+    done("dynamics.claims", *arguments, "--dynamics", folder, "--proxies", "--out", folder / "proxies.parquet")
+    claims = pandas.read_parquet(folder / "proxies.parquet")
+    assert set(claims.claim) == {"density", "category", "pair", "rows", "proxies", "corrections"}
+    found, exact = (
+        {(row.claim, row.group, row.measure): row.value for row in table.itertuples()}
+        for table in (claims, pandas.read_parquet(examined / "claims.parquet"))
+    )
+    sketches = pandas.read_parquet(folder / "sketches").groupby("kind").sketch
+    vectors = {kind: np.array(part.to_list(), dtype=float) for kind, part in sketches}
+    for objective in ("sft", "dpo"):
+        products, group = vectors["probe"] @ vectors[objective].T, f"compressed, {objective}"
+        assert found["density", group, "above zero"] == pytest.approx((products > 0).mean())
+        assert found["density", group, "quantile 0.5"] == pytest.approx(np.median(products))
+        assert 0 <= found["density", group, "beyond_noise"] <= 1
+    medians = [of["density", f"{group}, sft", "quantile 0.5"] for of, group in ((found, "compressed"), (exact, "base"))]
+    assert medians[0] == pytest.approx(medians[1], rel=0.5)
+    place = ("corrections", "sft, model, random", "prompt")
+    assert found[place] == pytest.approx(exact[place])
+
+    done("dynamics.page", "--dynamics", folder, "--proxies", "--out", folder / "proxies.md")
+    text = (folder / "proxies.md").read_text()
+    assert "predicted against measured steps; followed trainings; exact terms" in text
+    assert "### Similarity to the nearest training pair" in text
+    assert "### One step" not in text
+    assert (folder / "proxies-proxies.png").stat().st_size > 10_000
+    assert len(list(folder.glob("*.png"))) == 1
+    done("dynamics.claims", *arguments, "--dynamics", folder, "--out", folder / "claims.parquet")
+    assert set(pandas.read_parquet(folder / "claims.parquet").claim) == {"density", "corrections"}
+
+
+def test_judging_is_counted_by_category(examined):
+    claims = pandas.read_parquet(examined / "claims.parquet")
+    probes = pandas.read_parquet(examined / "probes.parquet")[: DYNAMICS["probes"]]
+    table = claims[claims.claim == "judging"].pivot(index="group", columns="measure", values="value")
+    assert set(table.index) == {f"sft, {name}" for name in ["overall", *probes.category]}
+    each = table.drop("sft, overall")
+    assert np.allclose(table.loc["sft, overall"], each.mean())
+    right = probes.assign(agrees=(probes.p_yes > 0.5) == probes.right).groupby("category").agrees.mean()
+    assert np.allclose(each.before, 100 * right[[group.split(", ")[1] for group in each.index]])
+
+
+@pytest.mark.parametrize("target", ["dynamics", "dynamics_proxies"])
+def test_a_dry_run_plans_it_and_every_job_can_say_what_it_needs(target, tmp_path):
+    """Snakemake evaluates the functions of resources in a dry run only where it prints them: for jobs without a message."""
+    source = copy_of_the_project(tmp_path)
+    rules = source / "workflow/rules/dynamics.smk"
+    rules.write_text(re.sub(r"( +)message:\n +\".*\"\n", "", rules.read_text()))
+    write_config(tmp_path / "run")
+    output = completed(tmp_path / "run", "-n", "--printshellcmds", target, source=source)
+    jobs = re.findall(r"^rule (dynamics_\w+):\n((?: .*\n|\n(?= ))*)", output, re.MULTILINE)
+    planned = {name for name, _ in jobs} - {target}
+    common = {"dynamics_select", "dynamics_embed", "dynamics_sketch"}
+    exact = {f"dynamics_{name}" for name in ("terms", "steps", "follow", "logits", "claims", "page")}
+    proxies = {"dynamics_proxy_claims", "dynamics_proxies_page"}
+    assert planned == common | (exact if target == "dynamics" else proxies)
+    light = {"dynamics_select", "dynamics_claims", "dynamics_page", *proxies}
+    for name, text in jobs:
+        if name != target:
+            wanted = ["mem_mb"] if name in light else ["mem_mb", "runtime"]
+            assert all(re.search(rf"resources:.*\b{key}=\d+", text) for key in wanted), text
 
 
 def test_the_cost_of_sketches_is_said_beforehand(chosen, tmp_path):
@@ -381,3 +467,123 @@ def test_a_subset_that_the_model_does_not_have_is_refused(chosen, tmp_path):
     (tmp_path / "config.yaml").write_text(text)
     arguments = ["--config", tmp_path / "config.yaml", *terms_command(chosen, tmp_path)[2:]]
     refused(stage("dynamics.terms", *arguments), "dynamics.parameters", "layers.9", "layers.3")
+
+
+# --- Show-o: a likelihood that is an estimate under masks --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    """A small random Show-o's folder with a configuration and candidates, two probes and three rows, and their manifests."""
+    folder = tmp_path_factory.mktemp("masked")
+    checkpoint = folder / "checkpoint"
+    tiny_show_o().save(checkpoint)
+    arms = {"sft": {"objective": "sft", "epochs": 1}, "dpo": {"objective": "dpo", "epochs": 1}}
+    config = write_config(
+        folder,
+        model={"family": "show_o", "checkpoint": str(checkpoint)},
+        prompts={"count": 6},
+        generate={"candidates": 2, "sampling": {"guidance_scale": 0.0}},
+        train={"learning_rate": 1e-4},
+        arms=arms,
+        dynamics={"step_sizes": [0.5, 0.25, 0.125]},
+    )
+    done("prompts", "--config", config, "--set", "train", "--out", folder / "prompts.parquet")
+    done("generate", "--config", config, "--prompts", folder / "prompts.parquet",
+         "--out", folder / "candidates.parquet", "--images", folder / "candidates.tar")  # fmt: skip
+    prompts = {row["prompt_id"]: row for row in manifests.read_rows(folder / "prompts.parquet", "prompts")}
+    drawn = manifests.read_rows(folder / "candidates.parquet", "candidates")
+    texts = [row["prompt"] for row in prompts.values()]
+
+    def common(row: dict, number: int) -> dict:
+        prompt = prompts[row["prompt_id"]]
+        return {"prompt_id": row["prompt_id"], "prompt": prompt["prompt"], "category": prompt["category"], "seed": number}
+
+    probes = [
+        {"candidate_id": row["candidate_id"], "right": None, "p_yes": None, **common(row, number)}
+        for number, row in enumerate(drawn[:2])
+    ]
+    probes = [probe | {"alternatives": [text for text in texts if text != probe["prompt"]][:2]} for probe in probes]
+    pairs = [(drawn[4], None, "sft"), (drawn[6], None, "sft"), (drawn[8], drawn[9], "dpo")]
+    rows = [
+        {"row_id": str(number), "objective": kind, "arm": kind, "round": 0, "chosen": one["candidate_id"], "right": None,
+         "rejected": two and two["candidate_id"], **common(one, 10 + number)}
+        for number, (one, two, kind) in enumerate(pairs)
+    ]  # fmt: skip
+    for kind, items in (("probes", probes), ("rows", rows)):
+        manifests.write(folder / f"{kind}.parquet", f"dynamics_{kind}", items, stage="stages.dynamics.select")
+    arguments = ("--config", config, "--probes", folder / "probes.parquet", "--rows", folder / "rows.parquet",
+                 "--candidates", folder / "candidates.parquet", "--checkpoint", checkpoint)  # fmt: skip
+    return folder, arguments, probes, rows
+
+
+def test_terms_of_a_masked_model_are_finite_differences_under_the_same_masks(masked):
+    from stages.common.config import load
+    from stages.dynamics.material import open_material
+
+    folder, arguments, probes, rows = masked
+    done("dynamics.terms", *arguments, "--out", folder / "terms.parquet", "--values", folder / "values.parquet")
+    assert manifests.facts(folder / "terms.parquet")["settings"]["likelihood"] == "estimate"
+    terms = pandas.read_parquet(folder / "terms.parquet")
+    terms = terms[terms.subset == "all"].set_index(["candidate_id", "row_id"])[["delta_g", "delta_u", "delta_j"]]
+    material = open_material(load(folder / "config.yaml"), folder / "checkpoint", probes, rows, [folder / "candidates.parquet"])
+    with double(material.model.view.model):
+        for row in (rows[0], rows[2]):
+            direction = material.descent(row)
+            step = 1e-4 / float(direction.norm())
+            measured = []
+            for size in (step, -step):
+                gradients.move(material.parameters, size * direction)
+                with torch.no_grad():
+                    measured.append(material.values(probes[0]).numpy())
+                gradients.move(material.parameters, -size * direction)
+            difference = (measured[0] - measured[1]) / (2 * step)
+            assert difference == pytest.approx(terms.loc[probes[0]["candidate_id"], row["row_id"]].to_numpy(), rel=1e-4)
+            assert np.abs(difference).min() > 0
+
+
+def test_a_step_of_a_masked_model_does_what_is_predicted(masked):
+    folder, arguments, _, _ = masked
+    done("dynamics.steps", *arguments, "--out", folder / "steps.parquet")
+    steps = pandas.read_parquet(folder / "steps.parquet")
+    assert len(steps) == 2 * 2 * 3 * 2 * 3  # objectives, optimizers, sizes, probes, quantities
+    squares = steps.assign(square=(steps.measured - steps.predicted) ** 2)
+    errors = squares.groupby(["objective", "optimizer", "quantity", "size"]).square.sum().unstack() ** 0.5
+    assert ((errors[0.25] / errors[0.125]).between(3, 5)).all(), errors
+    small = steps[steps["size"] == 0.125]
+    lengths = small.assign(square=small.predicted**2).groupby(["objective", "optimizer", "quantity"]).square.sum() ** 0.5
+    assert (errors[0.125] < 0.2 * lengths).all(), errors[0.125] / lengths
+
+
+def test_a_masked_model_embeds_prompts_and_pictures(masked):
+    from stages.common.settings import Model
+    from stages.families import open_family
+
+    folder, arguments, _, _ = masked
+    prompts = ("--prompts", folder / "prompts.parquet")
+    done("dynamics.embed", *arguments[:2], *prompts, *arguments[-4:], "--out", folder / "embeddings.parquet")
+    found = pandas.read_parquet(folder / "embeddings.parquet")
+    mine = found[found.source == "model"]
+    assert len(mine) == 12
+    assert mine.groupby("prompt_id").prompt.apply(lambda of: np.ptp(np.stack(of), axis=0).max() < 1e-5).all()
+    assert np.allclose([np.linalg.norm(vector) for vector in (*mine.prompt, *mine.image)], 1, atol=1e-5)
+    images = np.stack(mine.image.to_list())
+    assert (images @ images.T)[np.triu_indices(12, 1)].max() < 1 - 1e-6  # pictures differ
+
+    family = open_family(Model(family="show_o", checkpoint=str(folder / "checkpoint")), None, "train")
+    codes, seeds = np.random.default_rng(0).integers(0, 128, (3, 16)), np.array([3, 4, 5])
+    texts = ["a red circle", "two squares", "a red square above a blue cross"]
+    read, drawn = family.mean_states(texts, Pictures(tokens=codes), seeds)
+    # The reference: one row at a time, without pads and without a batch. A prompt is read without any picture.
+    for place, text in enumerate(texts):
+        ids = family.layout.drawing(text)
+        states = family.model.llm.model(torch.tensor([ids]), use_cache=False).last_hidden_state[0]  # causal, as text is
+        assert np.allclose(read[place], states.detach().mean(0), atol=1e-5)
+        arguments, _ = family.masked([""], codes[place : place + 1], family.masks(seeds[place : place + 1])[:, 0])
+        seen = family.model.attention_mask(arguments["seen"], torch.float32)
+        inputs = family.model.embedded(arguments["ids"])
+        states = family.model.llm.model(inputs_embeds=inputs, attention_mask=seen, use_cache=False).last_hidden_state[0]
+        first = len(family.layout.drawing("")) + 1  # after the token of the picture's begin
+        assert np.allclose(drawn[place], states[first : first + 16].detach().mean(0), atol=1e-5)
+    assert np.array_equal(family.mean_states(["another"] * 3, Pictures(tokens=codes), seeds)[1], drawn)
+    assert not np.allclose(family.mean_states(texts, Pictures(tokens=codes), seeds + 7)[1], drawn)

@@ -4,7 +4,9 @@
         --scores-of-base sft sft/scores-of-base/validation/*.parquet --verdicts base/verdicts/shapes/validation/*.parquet \\
         --metrics base/metrics/validation.parquet sft/metrics/validation.parquet --out claims.parquet
 
-Reads what the other commands have written to the folder of the run's dynamics. No model is loaded. The claims:
+Reads what the other commands have written to the folder of the run's dynamics, and leaves out the claims for which something
+is missing. With --proxies, it takes only what a model of any size can afford, similarities and compressed gradients, even where
+there is more. No model is loaded. The claims:
 
 step          predicted against measured after one step: `slope` of measured on predicted through zero (1 if the first order is
               right), `error` (length of the difference by that of the prediction) by size, and `order`: by which power of the
@@ -14,10 +16,12 @@ path          the same for a whole training: `slope` and `explained` (squared co
               terms, and of the first-order term at the base model (from_base)
 gain          of Gen. by category, in points. `measured` is that of the benchmark. `measured_on_probes` weighs the base model's
               images by how their likelihood changed: the mean of (right - mean right) exp(change) is the gain exactly, up to
-              chance in the images, where images are drawn without guidance at temperature 1. `first_order` has the summed
-              first-order change in place of exp(change)
-judging       of the answering branch on the base model's images, in points: share of verdicts that the external judge confirms,
-              after minus before, with measured log odds and with those that the summed first-order terms predict
+              chance in the images, where images are drawn without guidance at temperature 1; `effective_images` is the
+              number of equally weighed images that would be as good, (sum of weights)^2 by the sum of their squares.
+              `first_order` has the summed first-order change in place of exp(change)
+judging       of the answering branch on the base model's images by category, in points: share of verdicts that the external
+              judge confirms, after minus before, with measured log odds and with those that the summed first-order terms
+              predict; overall is the mean over categories
 signs         share of pairs of a probe and a training row in which two terms have the same sign (`same`), and the share that
               independent signs of the same frequencies would have (`chance`)
 category      mean term for training rows of the probe's own category (`own`), of others (`other`), and the difference
@@ -38,7 +42,12 @@ density       of Delta G over pairs of a probe and a training row with the train
               with the summed loss of the paper: quantiles and share above zero
 sketch        estimates from compressed gradients against the exact Delta G over pairs
 
-Intervals are 95 %: 1,000 resamples of prompts with their probes, and of training rows where there are any, both at once.
+The group `compressed` has estimates from compressed gradients in the place of exact terms, for density, and with --proxies also
+for category, pair, rows and proxies. Their `beyond_noise` is the share of pairs whose estimate is more than twice as large as
+the standard deviation of its error, of which independent errors alone would give five percent.
+
+Intervals are 95 %: 1,000 resamples of prompts with their probes, and of training rows where there are any, both at once. There
+is none where all resamples agree, such as where a share is 0 or 1.
 """
 
 from __future__ import annotations
@@ -62,6 +71,7 @@ from stages.dynamics.items import similarity
 Row = dict[str, Any]
 ROUNDS = 1000
 TERMS = ("delta_g", "delta_u", "delta_j")
+COMPRESSED = "compressed"  # the group of what is estimated from compressed gradients at the base model
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,8 @@ def interval(claim: str, group: str, measure: str, numbers: np.ndarray, n: int) 
     if not np.isfinite(numbers[0]) or len(known) < ROUNDS / 2:
         return plain(claim, group, measure, numbers[0], n)
     low, high = np.quantile(known, [0.025, 0.975])
+    if high - low <= 1e-12 * max(1.0, abs(numbers[0])):  # all resamples are equal, which says nothing about other samples
+        return plain(claim, group, measure, numbers[0], n)
     return Found(claim, group, measure, float(numbers[0]), float(low), float(high), n)
 
 
@@ -266,6 +278,9 @@ def gain_claims(arm: str, table: Any, probes: dict[str, Row], metrics: list[Row]
             arrays = (right[part], factor[part], categories[part])
             statistic = lambda i, arrays=arrays: gain_of(*(array[i] for array in arrays))  # noqa: E731
             found.append(resampled("gain", f"{arm}, {name}", measure, statistic, clusters[part]))
+        factor = factors["measured_on_probes"][part]
+        effective = factor.sum() ** 2 / (factor**2).sum() if len(factor) else 0.0
+        found.append(plain("gain", f"{arm}, {name}", "effective_images", effective, len(factor)))
     for row in metrics:
         if row["arm"] == arm and row["metric"] == "gen":
             bounds = (row["delta"], row["delta_ci_low"], row["delta_ci_high"])
@@ -273,10 +288,15 @@ def gain_claims(arm: str, table: Any, probes: dict[str, Row], metrics: list[Row]
     return found
 
 
+def mean_of_categories(values: np.ndarray, categories: np.ndarray) -> float:
+    return float(np.mean([values[categories == name].mean() for name in np.unique(categories)]))
+
+
 def judging_claims(arm: str, table: Any, probes: dict[str, Row], values: dict[str, Row]) -> list[Found]:
+    """Return how often the answering branch is right before and after training, by category and overall."""
     rows = [row for row in table.to_dict("records") if probes[row["candidate_id"]]["right"] is not None]
     rows = [row for row in rows if row["candidate_id"] in values]
-    clusters = [probes[row["candidate_id"]]["prompt_id"] for row in rows]
+    clusters, categories = (np.array([probes[row["candidate_id"]][key] for row in rows]) for key in ("prompt_id", "category"))
     right = np.array([probes[row["candidate_id"]]["right"] for row in rows], dtype=bool)
     before = np.array([values[row["candidate_id"]]["log_odds"] for row in rows], dtype=float)
     first, change = (np.array([row[name] for row in rows], dtype=float) for name in ("summed", "measured"))
@@ -287,7 +307,14 @@ def judging_claims(arm: str, table: Any, probes: dict[str, Row], values: dict[st
         "first_order": 100.0 * agrees["f"] - 100.0 * agrees[""],
         "verdicts_foretold": 100.0 * (agrees["f"] == agrees["m"]),
     }
-    return [resampled("judging", arm, name, lambda i, v=v: float(v[i].mean()), clusters) for name, v in gains.items()]
+    found: list[Found] = []
+    for name in ["overall", *np.unique(categories)]:
+        part = np.ones(len(rows), dtype=bool) if name == "overall" else categories == name
+        for measure, values in gains.items():
+            arrays = (values[part], categories[part])
+            statistic = lambda i, arrays=arrays: mean_of_categories(*(array[i] for array in arrays))  # noqa: E731
+            found.append(resampled("judging", f"{arm}, {name}", measure, statistic, clusters[part]))
+    return found
 
 
 def same_category(of: Terms) -> np.ndarray:
@@ -393,7 +420,8 @@ def density_claims(node: str, terms: dict[str, Terms]) -> list[Found]:
         values, group = of.values["delta_g"][others], f"{node}, {objective}"
         for share in (0.05, 0.25, 0.5, 0.75, 0.95):
             found.append(plain("density", group, f"quantile {share:g}", np.quantile(values, share), len(values)))
-        found.append(plain("density", group, "above zero", float((values > 0).mean()), len(values)))
+        above = Pairs(of.probes, of.rows).mean((of.values["delta_g"] > 0).astype(float), others)
+        found.append(interval("density", group, "above zero", above, len(values)))
     return found
 
 
@@ -421,11 +449,20 @@ def kernel_claims(path: Path, probes: dict[str, Row]) -> list[Found]:
 
 
 def embeddings_of(folder: Path) -> dict[str, dict[str, Row]]:
-    """Return the rows of the embeddings manifests by source and candidate."""
+    """Return the rows of the embeddings manifests by source and candidate, with vectors as float32 arrays."""
     found: dict[str, dict[str, Row]] = {}
-    for row in manifests.read_rows(sorted(folder.glob("*.parquet")), "dynamics_embeddings"):
-        found.setdefault(row["source"], {})[row["candidate_id"]] = row
+    for path in sorted(folder.glob("*.parquet")):
+        table = manifests.read(path, "dynamics_embeddings")
+        vectors = zip(table["prompt"], table["image"], strict=True)  # Python numbers would need eight times the memory
+        for row, (prompt, image) in zip(table.drop_columns(["prompt", "image"]).to_pylist(), vectors, strict=True):
+            arrays = {"prompt": prompt.values.to_numpy() if prompt.is_valid else None, "image": image.values.to_numpy()}
+            found.setdefault(row["source"], {})[row["candidate_id"]] = row | arrays
     return found
+
+
+def vectors(rows: Sequence[Row], side: str) -> np.ndarray:
+    """Return the embeddings of rows, float64 `[n, d]`. side: prompt or image."""
+    return np.array([row[side] for row in rows], dtype=float)
 
 
 def correction_claims(
@@ -437,15 +474,15 @@ def correction_claims(
         trained = [rows[name] for name in pairs if name in rows]
         if not trained or trained[0]["prompt"] is None:
             continue
-        prompts, images = (np.array([row[side] for row in trained]) for side in ("prompt", "image"))
+        prompts, images = (vectors(trained, side) for side in ("prompt", "image"))
         for group, names in groups.items():
             mine = [rows[name] for name in names if name in rows]
             if not mine:
                 continue
             clusters = [row["prompt_id"] for row in mine]
-            alike = np.array([row["prompt"] for row in mine]) @ prompts.T
+            alike = vectors(mine, "prompt") @ prompts.T
             nearest = alike.argmax(1)
-            seen = (np.array([row["image"] for row in mine]) * images[nearest]).sum(1)
+            seen = (vectors(mine, "image") * images[nearest]).sum(1)
             means = {"prompt": alike.max(1), "image": seen, "prompt, mean over pairs": alike.mean(1)}
             for measure, values in means.items():
                 statistic = lambda i, v=values: float(v[i].mean())  # noqa: E731
@@ -468,8 +505,8 @@ def proxy_claims(node: str, terms: dict[str, Terms], sources: dict[str, dict[str
         if all(name in rows for name in names):
             for side in ("prompt", "image"):
                 if rows[names[0]][side] is not None:
-                    vectors = np.array([rows[name][side] for name in names])
-                    measures[f"{source}, {side}"] = vectors @ vectors.T
+                    mine = vectors([rows[name] for name in names], side)
+                    measures[f"{source}, {side}"] = mine @ mine.T
     found: list[Found] = []
     for name, alike in measures.items():
         for where in ("all", "within"):
@@ -486,18 +523,47 @@ def proxy_claims(node: str, terms: dict[str, Terms], sources: dict[str, dict[str
     return found
 
 
-def sketch_claims(folder: Path, terms: dict[str, Terms]) -> list[Found]:
+def compressed_terms(folder: Path, probes: dict[str, Row], rows: dict[str, Row]) -> tuple[dict[str, Terms], list[Found]]:
+    """Return Delta G as compressed gradients estimate it, by objective, and how much of it is beyond the errors.
+
+    Only probes that have a sketch are in it. The standard deviation of an estimate is at most about the product of the two
+    gradients' lengths divided by the root of the number of buckets. A probe's product with itself is exact.
+    """
+    found = manifests.read_rows(sorted(folder.glob("*.parquet")), "dynamics_sketches")
+    sketches = {name: [row for row in found if row["kind"] == name] for name in ("probe", "sft", "dpo")}
+    if not sketches["probe"]:
+        return {}, []
+    arrays = {kind: np.array([row["sketch"] for row in part], dtype=float) for kind, part in sketches.items()}
+    lengths = {kind: np.array([row["norm"] for row in part], dtype=float) for kind, part in sketches.items()}
+    mine = [probes[row["item_id"]] for row in sketches["probe"]]
+    terms, claims = {}, []
+    for objective, kind in (("sft", "sft"), ("dpo", "dpo"), ("kernel", "probe")):
+        if not sketches[kind]:
+            continue
+        other = mine if objective == "kernel" else [rows[row["item_id"]] for row in sketches[kind]]
+        values = arrays["probe"] @ arrays[kind].T
+        if objective == "kernel":
+            np.fill_diagonal(values, lengths["probe"] ** 2)
+        terms[objective] = Terms(mine, other, {"delta_g": values})
+        errors = np.outer(lengths["probe"], lengths[kind]) / arrays[kind].shape[1] ** 0.5
+        mask = np.array([[probe is not row for row in other] for probe in mine])
+        beyond = Pairs(mine, other).mean((np.abs(values) > 2 * errors).astype(float), mask)
+        claims.append(interval("density", f"{COMPRESSED}, {objective}", "beyond_noise", beyond, int(mask.sum())))
+    return terms, claims
+
+
+def sketch_claims(guesses: dict[str, Terms], terms: dict[str, Terms]) -> list[Found]:
     """Return how well sketched gradients give Delta G: correlation over pairs with the exact values."""
-    rows = {
-        (row["kind"], row["item_id"]): row for row in manifests.read_rows(sorted(folder.glob("*.parquet")), "dynamics_sketches")
-    }
     found: list[Found] = []
     for objective, of in terms.items():
-        if objective == "kernel" or not rows:
+        if objective == "kernel" or objective not in guesses:
             continue
-        left = np.array([rows["probe", probe["candidate_id"]]["sketch"] for probe in of.probes], dtype=float)
-        right = np.array([rows[objective, row["row_id"]]["sketch"] for row in of.rows], dtype=float)
-        guess, exact, pairs = left @ right.T, of.values["delta_g"], Pairs(of.probes, of.rows)
+        estimate = guesses[objective]
+        left = {probe["candidate_id"]: place for place, probe in enumerate(estimate.probes)}
+        right = {row["row_id"]: place for place, row in enumerate(estimate.rows)}
+        places = ([left[probe["candidate_id"]] for probe in of.probes], [right[row["row_id"]] for row in of.rows])
+        guess, exact = estimate.values["delta_g"][np.ix_(*places)], of.values["delta_g"]
+        pairs = Pairs(of.probes, of.rows)
         found.append(interval("sketch", objective, "correlation", pairs.correlation(guess, exact), exact.size))
         same = ((guess > 0) == (exact > 0)).astype(float)
         found.append(interval("sketch", objective, "same sign", pairs.mean(same), exact.size))
@@ -513,6 +579,36 @@ def corrected(base: list[Row], after: list[Row], right: dict[str, Any]) -> dict[
     return {"corrected": fixed, "kept": [name for name in wrong if later.get(name)], "random": rest}
 
 
+def exact_claims(
+    folder: Path,
+    probes: dict[str, Row],
+    rows: dict[str, Row],
+    metrics: list[Row],
+    sources: dict[str, dict[str, Row]],
+    guesses: dict[str, Terms],
+) -> tuple[list[Found], list[Path]]:
+    """Return the claims from exact terms, steps, followed trainings and logits, as far as there are any, and the files read."""
+    found: list[Found] = []
+    files: list[Path] = []
+    for place in sorted(folder.glob("*/terms"), key=lambda path: (path.parent.name != "base", path.parent.name)):
+        node = place.parent.name
+        terms = read_terms(place, probes, rows)
+        shards = sorted(place.with_name("values").glob("*.parquet"))
+        values = {row["candidate_id"]: row for row in manifests.read_rows(shards, "dynamics_values")}
+        found += sign_claims(node, terms) + category_claims(node, terms) + judge_claims(node, terms, values)
+        found += row_claims(node, terms) + density_claims(node, terms)
+        files += [*sorted(place.glob("*.parquet")), *shards]
+        if node == "base":
+            found += proxy_claims(node, terms, sources) + sketch_claims(guesses, terms)
+            for path in sorted((folder / "path").glob("*.parquet")):
+                found += path_claims(path, probes, values, metrics)
+                files.append(path)
+    steps, logits = folder / "steps.parquet", folder / "logits.parquet"
+    found += step_claims(steps) if steps.exists() else []
+    found += kernel_claims(logits, probes) if logits.exists() else []
+    return found, files + [path for path in (steps, logits) if path.exists()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
@@ -525,29 +621,24 @@ def main() -> None:
     )
     parser.add_argument("--verdicts", type=Path, nargs="*", default=[], help="the external judge's verdicts on those images")
     parser.add_argument("--metrics", type=Path, nargs="*", default=[], help="metrics of the benchmark")
+    parser.add_argument("--proxies", action="store_true", help="take only similarities and compressed gradients")
     parser.add_argument("--out", type=Path, required=True, help="manifest of the claims")
     arguments = parser.parse_args()
     config, folder = load(arguments.config), arguments.dynamics
-    probes = {row["candidate_id"]: row for row in manifests.read_rows(folder / "probes.parquet", "dynamics_probes")}
-    rows = {row["row_id"]: row for row in manifests.read_rows(folder / "rows.parquet", "dynamics_rows")}
-    metrics = manifests.read_rows(arguments.metrics, "metrics")
+    chosen = [folder / "probes.parquet", folder / "rows.parquet"]
+    probes = {row["candidate_id"]: row for row in manifests.read_rows(chosen[0], "dynamics_probes")}
+    rows = {row["row_id"]: row for row in manifests.read_rows(chosen[1], "dynamics_rows")}
     sources = embeddings_of(folder / "embeddings")
-    found: list[Found] = []
-    files: list[Path] = []
-    for place in sorted(folder.glob("*/terms"), key=lambda path: (path.parent.name != "base", path.parent.name)):
-        node = place.parent.name
-        terms = read_terms(place, probes, rows)
-        shards = sorted(place.with_name("values").glob("*.parquet"))
-        values = {row["candidate_id"]: row for row in manifests.read_rows(shards, "dynamics_values")}
-        found += sign_claims(node, terms) + category_claims(node, terms) + judge_claims(node, terms, values)
-        found += row_claims(node, terms) + density_claims(node, terms)
-        files += [*sorted(place.glob("*.parquet")), *shards]
-        if node == "base":
-            found += proxy_claims(node, terms, sources) + sketch_claims(folder / "sketches", terms)
-            for path in sorted((folder / "path").glob("*.parquet")):
-                found += path_claims(path, probes, values, metrics)
-                files.append(path)
-    found += step_claims(folder / "steps.parquet") + kernel_claims(folder / "logits.parquet", probes)
+    guesses, found = compressed_terms(folder / "sketches", probes, rows)
+    found = density_claims(COMPRESSED, guesses) + found
+    files = sorted([*folder.glob("embeddings/*.parquet"), *folder.glob("sketches/*.parquet")])
+    if arguments.proxies:
+        found += category_claims(COMPRESSED, guesses) + row_claims(COMPRESSED, guesses)
+        found += proxy_claims(COMPRESSED, guesses, sources)
+    else:
+        metrics = manifests.read_rows(arguments.metrics, "metrics")
+        exact, more = exact_claims(folder, probes, rows, metrics, sources, guesses)
+        found, files = exact + found, files + more
     right = {row["candidate_id"]: row["verdict"] for row in manifests.read_rows(arguments.verdicts, "verdicts")}
     base = manifests.read_rows(arguments.scores, "scores")
     pairs = {arm: [row["chosen"] for row in manifests.read_rows(Path(path), "pairs")] for arm, path in arguments.pairs}
@@ -555,8 +646,7 @@ def main() -> None:
         groups = corrected(base, manifests.read_rows([Path(path) for path in paths], "scores"), right)
         found += correction_claims(arm, groups, pairs.get(arm, []), sources)
     table = [{"run": config.run, "seed": config.seed, **vars(item)} for item in found]
-    parents = [folder / "probes.parquet", folder / "rows.parquet", folder / "steps.parquet", *files]
-    manifests.write(arguments.out, "dynamics_claims", table, stage="stages.dynamics.claims", parents=parents)
+    manifests.write(arguments.out, "dynamics_claims", table, stage="stages.dynamics.claims", parents=[*chosen, *files])
     print(f"{len(table)} measures")
 
 

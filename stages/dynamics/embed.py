@@ -5,12 +5,13 @@
 
 With --pairs, only candidates that these pairs choose are taken from manifests that the pairs refer to; without, all. Sources:
 
-model   the model's own hidden states before its image head, for families with `TokenRows`: the mean over the prompt's tokens,
-        and the mean over the image's tokens after the row without a prompt, so that it does not contain the prompt
+model   the model's own hidden states before its image head, for families with `TokenRows` or `mean_states`: the mean over the
+        prompt's tokens, and the mean over the image's tokens in the row without a prompt, so that it does not contain the
+        prompt. Where masks are drawn, they are the same DRAWS for all images, and the means over them are taken
 clip    CLIP's embeddings, where dynamics.clip names a checkpoint
 pixels  the image at 16 x 16 pixels, its mean subtracted; there is no such embedding of a prompt
 
-All have length 1. One forward pass for each prompt and image, no gradients. Finished batches are kept.
+All have length 1. Forward passes only, no gradients. Finished batches are kept.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ from stages.common.config import Config, load
 from stages.common.errors import run_stage
 from stages.common.fingerprints import code
 from stages.common.registry import entry
+from stages.common.seeds import hash_seed
 from stages.dynamics.command import write_batches
 from stages.dynamics.items import shard_of
 from stages.families import checkpoint_hash, describe
 
 Row = dict[str, Any]
 SIDE = 16  # pixels
+DRAWS = 4  # of what a family without tokens in order draws for a row
 Embedder = Callable[[list[str], list[str], np.ndarray], tuple[np.ndarray | None, np.ndarray]]
 
 
@@ -51,17 +54,30 @@ def pixels(names: list[str], texts: list[str], images: np.ndarray) -> tuple[None
     return None, unit(np.stack([values - values.mean() for values in small]))
 
 
+def by_draws(family: Any, candidates: Candidates) -> Embedder:
+    """Return an embedder by `Family.mean_states`."""
+
+    def embed(names: list[str], texts: list[str], images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pictures = candidates.pictures(names)
+        seeds = [np.full(len(texts), hash_seed("embedding", draw), dtype=np.int64) for draw in range(DRAWS)]
+        found = [family.mean_states(texts, pictures, equal) for equal in seeds]
+        read, drawn = (np.mean(states, axis=0) for states in zip(*found, strict=True))
+        return unit(read), unit(drawn)
+
+    return embed
+
+
 def own_states(config: Config, checkpoint: Path, candidates: Candidates) -> Embedder | None:
-    """Return an embedder by the model's hidden states, or None for a family without tokens."""
+    """Return an embedder by the model's hidden states, or None for a family without tokens and `mean_states`."""
     import torch
 
     from stages.families import open_family
 
     family = open_family(config.model, checkpoint, "train")
     view = family.training_view()
-    if view.token_rows is None:
-        return None
     view.model.eval()
+    if view.token_rows is None:
+        return by_draws(family, candidates) if hasattr(family, "mean_states") else None
     rows, device = view.token_rows, next(view.model.parameters()).device
 
     def mean_state(ids: list[int], places: slice) -> np.ndarray:
@@ -151,7 +167,7 @@ def main() -> None:
     parents = [*arguments.prompts, *arguments.candidates, *arguments.pairs]
     key = ("dynamics embeddings", code("stages.dynamics.embed", mentioned=uses), facts, arguments.shard,
            config.score.batch_size, *map(manifests.content_hash, parents))  # fmt: skip
-    print(f"{len(mine)} images by {', '.join(known)}: {2 * len(mine)} forward passes of the model, no gradients", flush=True)
+    print(f"{len(mine)} images by {', '.join(known)}: for each at most {2 * DRAWS} forward passes, no gradients", flush=True)
     batches = planned(mine, config.score.batch_size)
     work = partial(embedded, known, prompts)
     write_batches(arguments.out, "dynamics_embeddings", key, batches, work, "embeddings",

@@ -8,7 +8,8 @@ Each gradient is added up into dynamics.sketch buckets with random signs (a coun
 an unbiased estimate of that of the gradients, with a standard deviation of about the product of their lengths divided by the
 root of the number of buckets. A gradient exists only while it is compressed. dynamics.parameters (such as layers.28, layers.29)
 restricts it to some layers, which also shortens the backward pass, and train.lora_rank to adapters. The model computes in its
-own precision. The cost is printed first; with --cost nothing else happens. Finished batches are kept.
+own precision. The cost is printed before the first gradient; with --cost the model is loaded, because its size is part of the
+cost, and then nothing else happens. Finished batches are kept.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def cost(material: Any, items: Sequence[Row], buckets: int) -> str:
 def main() -> None:
     options = parser(__doc__, "the model whose gradients are taken", "manifest of the sketches")
     options.add_argument("--shard", default="0/1", help="which of how many shards of probes and rows")
-    options.add_argument("--cost", action="store_true", help="print what it would cost, and end")
+    options.add_argument("--cost", action="store_true", help="load the model, print what the gradients would cost, and end")
     arguments = options.parse_args()
     config = load(arguments.config)
     family = config.model.family
@@ -109,8 +110,8 @@ def main() -> None:
 
     uses = [entry("FAMILIES", family)]
     facts = {"checkpoint": checkpoint_hash(family, arguments.checkpoint, "train"), "buckets": config.dynamics.sketch,
-             "parameters": config.dynamics.parameters, "trainable": config.train.trainable,
-             "lora_rank": config.train.lora_rank}  # fmt: skip
+             "likelihood": material.model.description.likelihood, "parameters": config.dynamics.parameters,
+             "trainable": config.train.trainable, "lora_rank": config.train.lora_rank}  # fmt: skip
     parents = [arguments.probes, arguments.rows, *arguments.candidates]
     key = ("dynamics sketches", code("stages.dynamics.sketch", mentioned=uses), facts, arguments.shard,
            *map(manifests.content_hash, parents))  # fmt: skip

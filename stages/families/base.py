@@ -209,3 +209,13 @@ class Family(Protocol):
         wrapped it. Only `train.judge_anchor_weight` needs this method.
         """
         ...
+
+    def mean_states(self, prompts: list[str], pictures: Pictures, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return embeddings of n prompts and of n pictures, both float64 `[n, hidden]`: means of the last hidden states.
+
+        A prompt's are those of its tokens. A picture's are those of its places in a row without a prompt, so that they say
+        nothing of it. seeds, int64 `[n]`, determine what is drawn for a row, as in `TrainingView.losses`. Optional, and only
+        for families without `TokenRows`: learning dynamics compare pictures by it (`stages.dynamics.embed`), and without it
+        only by pixels and CLIP.
+        """
+        ...

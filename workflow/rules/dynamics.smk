@@ -287,17 +287,12 @@ if PROBED:
 
     rule dynamics_claims:
         input:
-            chosen=[f"{DYNAMICS}/probes.parquet", f"{DYNAMICS}/rows.parquet"],
+            **proxy_inputs(),
             terms=expand(
                 f"{DYNAMICS}/{{node}}/{{kind}}/{{shard}}.parquet", node=term_nodes(), kind=["terms", "values"], shard=PIECES
             ),
             paths=expand(f"{DYNAMICS}/path/{{arm}}.parquet", arm=followed_arms()),
             other=[f"{DYNAMICS}/steps.parquet", f"{DYNAMICS}/logits.parquet"],
-            proxies=expand(f"{DYNAMICS}/{{kind}}/{{shard}}.parquet", kind=["embeddings", "sketches"], shard=PIECES),
-            scores=shard_files("base", "scores", PROBED),
-            scores_of_base=[path for arm in examined_arms() for path in shard_files(arm, "scores-of-base", PROBED)],
-            verdicts=shard_files("base", f"verdicts/{PROBE_JUDGE}", PROBED) if PROBE_JUDGE else [],
-            pairs=[f"{selection_folder(arm)}/pairs.parquet" for arm in examined_arms()],
             metrics=[f"{RUN}/{node}/metrics/{PROBED}.parquet" for node in ["base", *examined_arms()]],
         output:
             f"{DYNAMICS}/claims.parquet",
@@ -306,12 +301,13 @@ if PROBED:
         conda:
             "../../envs/light.yaml"
         resources:
-            mem_mb=4000,
+            mem_mb=lambda wildcards, attempt: 4000 * attempt,
         params:
             code=code("stages.dynamics.claims"),
             config=CONFIG,
             folder=lambda wildcards: DYNAMICS,
             seed=settings.seed,
+            only="",
             of_base=lambda wildcards: [
                 f"--scores-of-base {arm} {' '.join(shard_files(arm, 'scores-of-base', PROBED))}" for arm in examined_arms()
             ],
@@ -322,6 +318,7 @@ if PROBED:
             "python -m stages.dynamics.claims"
             " --config {params.config:q}"
             " --dynamics {params.folder:q}"
+            " {params.only}"
             " --scores {input.scores:q}"
             " {params.of_base}"
             " {params.pairs}"
@@ -330,12 +327,27 @@ if PROBED:
             " --out {output:q}"
             " 2>&1 | logged {log:q}"
 
+    use rule dynamics_claims as dynamics_proxy_claims with:
+        input:
+            **proxy_inputs(),
+            metrics=[],
+        output:
+            f"{DYNAMICS}/proxies.parquet",
+        log:
+            f"{RUN}/logs/dynamics/proxy_claims.log",
+        params:
+            only="--proxies",
+        message:
+            "Dynamics: claims from similarities and compressed gradients"
+
     rule dynamics_page:
         input:
             claims=f"{DYNAMICS}/claims.parquet",
         output:
             page=f"{DYNAMICS}/page.md",
-            pictures=expand(f"{DYNAMICS}/page-{{name}}.png", name=["steps", "path", "terms"]),
+            pictures=expand(
+                f"{DYNAMICS}/page-{{name}}.png", name=["steps", *(["path"] if followed_arms() else []), "terms", "proxies"]
+            ),
         log:
             f"{RUN}/logs/dynamics/page.log",
         conda:
@@ -345,13 +357,28 @@ if PROBED:
         params:
             code=code("stages.dynamics.page"),
             folder=lambda wildcards: DYNAMICS,
+            only="",
         message:
             "Dynamics: page and pictures"
         shell:
             "rm -f {output.page:q}; python -m stages.dynamics.page"
             " --dynamics {params.folder:q}"
+            " {params.only}"
             " --out {output.page:q}"
             " 2>&1 | logged {log:q}"
+
+    use rule dynamics_page as dynamics_proxies_page with:
+        input:
+            claims=f"{DYNAMICS}/proxies.parquet",
+        output:
+            page=f"{DYNAMICS}/proxies.md",
+            pictures=f"{DYNAMICS}/proxies-proxies.png",
+        log:
+            f"{RUN}/logs/dynamics/proxies_page.log",
+        params:
+            only="--proxies",
+        message:
+            "Dynamics: page and picture of similarities and compressed gradients"
 
     rule dynamics:
         """Everything about learning dynamics, exact terms and proxies."""
@@ -360,7 +387,7 @@ if PROBED:
         localrule: True
 
     rule dynamics_proxies:
-        """What is affordable with a model of any size: similarities and compressed gradients."""
+        """What is affordable with a model of any size: similarities and compressed gradients, with a page of their own."""
         input:
-            expand(f"{DYNAMICS}/{{kind}}/{{shard}}.parquet", kind=["embeddings", "sketches"], shard=PIECES),
+            f"{DYNAMICS}/proxies.md",
         localrule: True

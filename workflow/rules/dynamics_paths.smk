@@ -39,6 +39,18 @@ def training_verdicts():
     return [path for node, images in named for path in shard_files(node, folder, images)] if PROBE_JUDGE else []
 
 
+def proxy_inputs():
+    """Return the inputs of the claims that need neither exact terms nor followed trainings."""
+    return {
+        "chosen": [f"{DYNAMICS}/probes.parquet", f"{DYNAMICS}/rows.parquet"],
+        "proxies": expand(f"{DYNAMICS}/{{kind}}/{{shard}}.parquet", kind=["embeddings", "sketches"], shard=PIECES),
+        "scores": shard_files("base", "scores", PROBED),
+        "scores_of_base": [path for arm in examined_arms() for path in shard_files(arm, "scores-of-base", PROBED)],
+        "verdicts": shard_files("base", f"verdicts/{PROBE_JUDGE}", PROBED) if PROBE_JUDGE else [],
+        "pairs": [f"{selection_folder(arm)}/pairs.parquet" for arm in examined_arms()],
+    }
+
+
 def dynamics_settings(stage, without=("shards", "memory")):
     return read_by(stage, settings.dynamics, without=without)
 

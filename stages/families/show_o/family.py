@@ -142,8 +142,8 @@ class ShowO:
         """Return the codes of images, uint8 `[n, h, w, 3]`, as int64 `[n, places]`."""
 
         def some(part: slice) -> torch.Tensor:
-            pixels = torch.from_numpy(square(images[part], self.side)).to(self.device).permute(0, 3, 1, 2)
-            return self.vq.encode((pixels.float() / 255 - 0.5) / 0.5)
+            pixels = square(images[part], self.side).astype(np.float32)  # not by torch: `stages.dynamics.precision` raises that
+            return self.vq.encode((torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5)
 
         return torch.cat(self.memory.pieces("encoding", len(images), self._pixels_at_once(), some))
 
@@ -287,6 +287,35 @@ class ShowO:
             return -found.preference.double().cpu().numpy()
 
         return np.concatenate(self.memory.pieces("scoring", len(prompts), self.memory.fit(each), some))
+
+    @torch.no_grad()
+    def mean_states(self, prompts: list[str], pictures: Pictures, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `Family.mean_states`. Every place of the picture counts, masked or not; `masks_per_row` masks are averaged."""
+        tokens, each = pictures.tokens, self.masks_per_row
+        assert tokens is not None
+        lengths = torch.tensor([self.bucket(prompt) for prompt in prompts], device=self.device)
+        masks, places = self.masks(seeds), self.places
+
+        def states(texts: list[str], codes: np.ndarray, shown: np.ndarray) -> torch.Tensor:
+            arguments, _ = self.masked(texts, codes, shown)
+            inputs = self.model.embedded(arguments["ids"])
+            seen = self.model.attention_mask(arguments["seen"], inputs.dtype)
+            return self.model.llm.model(inputs_embeds=inputs, attention_mask=seen, use_cache=False).last_hidden_state.double()
+
+        def some(part: slice) -> tuple[np.ndarray, np.ndarray]:
+            texts, codes, count = prompts[part], tokens[part], lengths[part]
+            read = states(texts, codes, masks[part, 0])[:, : -places - 2]
+            own = torch.arange(read.shape[1], device=self.device) >= read.shape[1] - count[:, None]  # after the pads
+            whole = masks[part].reshape(-1, places)
+            drawn = states([""] * len(whole), codes.repeat(each, 0), whole)[:, -places - 1 : -1]
+            means = ((read * own[:, :, None]).sum(1) / count[:, None], drawn.mean(1).view(len(texts), each, -1).mean(1))
+            return means[0].cpu().numpy(), means[1].cpu().numpy()
+
+        length = int(lengths.max()) + places + 2
+        fit = self.memory.fit(each * (self._activation_bytes(length) + length**2))
+        parts = self.memory.pieces("embedding", len(prompts), fit, some)
+        read, drawn = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return read, drawn
 
     def _activation_bytes(self, tokens: int) -> int:
         """Return an estimate of the bytes that the forward pass of one sequence needs at its peak, in the MLP."""
