@@ -310,8 +310,8 @@ def judging_claims(arm: str, table: Any, probes: dict[str, Row], values: dict[st
     found: list[Found] = []
     for name in ["overall", *np.unique(categories)]:
         part = np.ones(len(rows), dtype=bool) if name == "overall" else categories == name
-        for measure, values in gains.items():
-            arrays = (values[part], categories[part])
+        for measure, gain in gains.items():
+            arrays = (gain[part], categories[part])
             statistic = lambda i, arrays=arrays: mean_of_categories(*(array[i] for array in arrays))  # noqa: E731
             found.append(resampled("judging", f"{arm}, {name}", measure, statistic, clusters[part]))
     return found
