@@ -296,8 +296,9 @@ def judging_claims(arm: str, table: Any, probes: dict[str, Row], values: dict[st
     """Return how often the answering branch is right before and after training, by category and overall."""
     rows = [row for row in table.to_dict("records") if probes[row["candidate_id"]]["right"] is not None]
     rows = [row for row in rows if row["candidate_id"] in values]
-    clusters, categories = (np.array([probes[row["candidate_id"]][key] for row in rows]) for key in ("prompt_id", "category"))
-    right = np.array([probes[row["candidate_id"]]["right"] for row in rows], dtype=bool)
+    mine = [probes[row["candidate_id"]] for row in rows]
+    clusters, categories = (np.array([probe[key] for probe in mine]) for key in ("prompt_id", "category"))
+    right = np.array([probe["right"] for probe in mine], dtype=bool)
     before = np.array([values[row["candidate_id"]]["log_odds"] for row in rows], dtype=float)
     first, change = (np.array([row[name] for row in rows], dtype=float) for name in ("summed", "measured"))
     agrees = {name: (odds > 0) == right for name, odds in (("", before), ("f", before + first), ("m", before + change))}
@@ -310,8 +311,8 @@ def judging_claims(arm: str, table: Any, probes: dict[str, Row], values: dict[st
     found: list[Found] = []
     for name in ["overall", *np.unique(categories)]:
         part = np.ones(len(rows), dtype=bool) if name == "overall" else categories == name
-        for measure, gain in gains.items():
-            arrays = (gain[part], categories[part])
+        for measure, each in gains.items():
+            arrays = (each[part], categories[part])
             statistic = lambda i, arrays=arrays: mean_of_categories(*(array[i] for array in arrays))  # noqa: E731
             found.append(resampled("judging", f"{arm}, {name}", measure, statistic, clusters[part]))
     return found

@@ -87,6 +87,11 @@ def judge_beside(group: str, measure: str) -> tuple[str, str]:
     return (row, f"{measure}, {judge}") if row else (judge, measure)
 
 
+def at_base(group: str) -> bool:
+    """Return whether a group is of the base model, exactly or by compressed gradients."""
+    return group.split(", ")[0] in ("base", "compressed")
+
+
 def tables(rows: Sequence[Row]) -> list[Table]:
     followed, stepped = ([row["group"] for row in rows if row["claim"] == claim] for claim in ("path", "step"))
     moved = ("rows", "pairs", "training")
@@ -106,8 +111,9 @@ def tables(rows: Sequence[Row]) -> list[Table]:
             "path",
             "A whole training: first-order terms against the measured change",
             "At the end of training, over probes. *summed* adds up first-order terms along the training; *from base* is the "
-            "term at the base model, as if the kernel never changed. *slope*: of the measured change on it. *explained*: "
-            "squared correlation.",
+            "term at the base model, as if the kernel never changed. The errors of a sum add up: it is the worse one where a "
+            "piece of an epoch (dynamics.segments) is longer than the first order reaches. *slope*: of the measured change on "
+            "it; 1 if it is right. *explained*: squared correlation, also where the slope is negative.",
             keep=last_epochs(followed),
         ),
         Table(
@@ -139,7 +145,9 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         Table(
             "category",
             "Training rows of the probe's own category and of others",
-            "Means over pairs. *kernel*: the row is another probe, and its log-likelihood itself is raised.",
+            "Means over pairs at the base model; other checkpoints are among the measures. *kernel*: the row is another probe, "
+            "and its log-likelihood itself is raised.",
+            keep=at_base,
         ),
         Table(
             "judges",
@@ -159,9 +167,11 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         Table(
             "rows",
             "Effect of training rows",
-            "Means over probes and rows. *gen*: of (right - mean right) ΔG; above zero, Gen. rises. *judge*: of ΔJ, counted "
-            "negative for wrong images; above zero, the answering branch judges better. *size*: of |ΔG|. *wrong*: rows that "
-            "the external judge rejects; *right*: others of the first round; *replayed*: rows that replay has recovered.",
+            "Means over probes and rows at the base model. *gen*: of (right - mean right) ΔG; above zero, Gen. rises. "
+            "*judge*: of ΔJ, counted negative for wrong images; above zero, the answering branch judges better. *size*: of "
+            "|ΔG|. *wrong*: rows that the external judge rejects; *right*: others of the first round; *replayed*: rows that "
+            "replay has recovered.",
+            keep=at_base,
         ),
         Table(
             "corrections",
