@@ -875,7 +875,7 @@ def test_depth_is_that_of_depth_anything(detector, tmp_path):
         depth = model(pixel_values=torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None]).predicted_depth
     depth = (depth - depth.min()) / (depth.max() - depth.min())
     depth = torch.nn.functional.interpolate(depth[None], size=(480, 384), mode="bilinear", align_corners=True)[0, 0].numpy()
-    assert depth.std() > 0.05
+    assert depth.std() > 0.01
     assert rows_found
     for _, _, box, mean, _ in rows_found:
         x0, y0, x1, y1 = map(int, box)

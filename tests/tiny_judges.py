@@ -93,7 +93,8 @@ def write_tiny_depth_anything(folder: Path, kind: str = "relative") -> Path:
     )  # fmt: skip
     model = DepthAnythingForDepthEstimation(config)
     randomise(model, 3)
-    model.head.conv3.bias.data.fill_(1.0)  # so that not everything is at depth 0, which the last layer cuts
+    model.head.conv3.weight.data.abs_()  # so that the last layer, which cuts negative depths, cuts none
+    model.head.conv3.bias.data.fill_(1.0)
     model.save_pretrained(folder)
     return folder
 
