@@ -18,7 +18,20 @@ from stages.families.base import Pictures
 from stages.families.janus.family import Janus
 from stages.families.show_o.family import ShowO
 from stages.training.rows import Material
-from tests.helpers import SMALL, TINY, losses, prepare, refused, train, trained
+from tests.helpers import (
+    SMALL,
+    TINY,
+    done,
+    losses,
+    outputs,
+    prepare,
+    process_of,
+    refused,
+    train,
+    trained,
+    training,
+    wait_until,
+)
 from tests.tiny_show_o import tiny_show_o
 
 
@@ -109,6 +122,42 @@ def test_lora_trains_every_linear_layer_of_show_os_transformer(show_o_inputs, tm
     assert f"{sum(sizes):,} trainable numbers" in text
     for name in changed:
         assert torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3) <= 2
+
+
+@pytest.mark.slow
+def test_a_killed_training_of_show_o_ends_with_the_same_bytes(show_o_inputs, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    arguments = prepare(whole, show_o_inputs, "sft", 6, prompt_dropout=0.3)
+    trained(arguments, whole)
+    killed.mkdir()
+    process = training(*arguments, *outputs(killed), log=killed / "log")
+    assert wait_until(lambda: (killed / "log").exists() and "step 3 of" in (killed / "log").read_text(), process)
+    process.kill()
+    process.join()
+    assert not (killed / "checkpoint").exists()
+    assert "from checkpoint-" in trained(arguments, killed)
+    for name in ("checkpoint/model.safetensors", "training.parquet"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_killed_shard_of_show_o_ends_with_the_same_bytes(show_o_inputs, tmp_path):
+    def arguments(folder):
+        folder.mkdir(exist_ok=True)
+        places = ("--out", folder / "candidates.parquet", "--images", folder / "candidates.tar", "--candidates", 40)
+        return ("--config", show_o_inputs / "config.yaml", "--prompts", show_o_inputs / "prompts.parquet", *places)
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done("generate", *arguments(whole))
+    logs = {"out": tmp_path / "out", "errors": tmp_path / "errors"}
+    process = process_of("stages.generate", *arguments(killed), **logs)
+    assert wait_until(lambda: len(list(killed.glob(".*.partial/*.parquet"))) >= 3, process)
+    process.kill()
+    process.join()
+    assert not (killed / "candidates.parquet").exists()
+    assert "of 36 batches" not in done("generate", *arguments(killed)).stderr  # it drew fewer than all
+    for name in ("candidates.parquet", "candidates.tar"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
 
 
 # An independent reference: plain transformers with full logits, and the formulas of the papers.
