@@ -37,8 +37,8 @@ CODES = 8
 
 
 @pytest.fixture(scope="module")
-def small():
-    """A Janus of 6,700 trainable parameters that draws 16 tokens of 8 codes, in float64, with its parameters."""
+def built():
+    """A Janus of 6,700 trainable parameters that draws 16 tokens of 8 codes, with its parameters."""
     from transformers import JanusForConditionalGeneration
 
     from stages.families.janus.family import Janus
@@ -53,8 +53,14 @@ def small():
     parameters = gradients.chosen_parameters(view.model, view.groups["llm"])
     for tensor in parameters.tensors.values():  # far from the initial weights, where attention is uniform
         tensor.data.mul_(3)
-    with double(view.model):
-        yield likelihood.Model(family, describe("janus"), view, Score(question="does this image show {prompt} ?")), parameters
+    return likelihood.Model(family, describe("janus"), view, Score(question="does this image show {prompt} ?")), parameters
+
+
+@pytest.fixture
+def small(built):
+    """The same in float64. The mode that keeps it so ends with each test, because no checkpoint loads while it is active."""
+    with double(built[0].view.model):
+        yield built
 
 
 def picture(number: int) -> Pictures:
@@ -78,10 +84,11 @@ def jacobian(model, parameters, prompt: str, number: int) -> tuple[torch.Tensor,
 
 
 @pytest.fixture(scope="module")
-def explicit(small):
+def explicit(built):
     """Jacobian and logit errors of probe 0 under every prompt, and of training image 1 under its own."""
-    probes = [jacobian(*small, prompt, 0) for prompt in PROMPTS]
-    return probes, jacobian(*small, "a red square", 1)
+    with double(built[0].view.model):
+        probes = [jacobian(*built, prompt, 0) for prompt in PROMPTS]
+        return probes, jacobian(*built, "a red square", 1)
 
 
 def near(found, expected) -> bool:
