@@ -58,16 +58,20 @@ def counts_of(measures: Sequence[Measure]) -> metrics.Counts:
     return np.concatenate([np.stack([measure.numerators, measure.denominators])[:, None] for measure in measures], axis=2)
 
 
+def categories_of(measures: Sequence[Measure]) -> dict[str, list[np.ndarray]]:
+    """Return, by category, groups of places in `counts_of`; `overall` has one group for each category."""
+    ends = np.cumsum([len(measure.numerators) for measure in measures])
+    places = [np.arange(end - len(measure.numerators), end) for measure, end in zip(measures, ends, strict=True)]
+    return {measure.category: [place] for measure, place in zip(measures, places, strict=True)} | {"overall": places}
+
+
 def metric_rows(kind: UnderstandingKind, answers: Sequence[Answer], base: Sequence[Answer], rounds: int) -> list[Row]:
     """Return one row for each metric and category, including overall, with the computed columns of the metrics manifest."""
     of_base = by_metric(kind.measures(base))
     rows = []
     for name, measures in by_metric(kind.measures(answers)).items():
         counts, base_counts = counts_of(measures), counts_of(of_base[name])
-        ends = np.cumsum([len(measure.numerators) for measure in measures])
-        places = [np.arange(end - len(measure.numerators), end) for measure, end in zip(measures, ends, strict=True)]
-        groups = {measure.category: [place] for measure, place in zip(measures, places, strict=True)}
-        for category, members in (groups | {"overall": places}).items():
+        for category, members in categories_of(measures).items():
             seed = metrics.resampling_seed("understanding", name, category)
             found = metrics.summarise(name, counts, base_counts, members, rounds, seed)
             if found["ci_low"] is not None and found["ci_high"] is not None:  # resampled areas can leave the range

@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 import yaml
 
 from stages.common import manifests
-from stages.common.config import validate
+from stages.common.config import Config, validate
 from stages.common.errors import UserError
 from stages.tools import study
 from stages.tools.intervals import t_quantile
+from stages.understanding.base import Answer
+from stages.understanding.shapes import SHAPES
 from tests.helpers import ROOT, SMALL, done, merged, refused, stage
 
 TRUTH = 3.0  # points by which the simulated arm is better, over all checkpoints, seeds and prompts
@@ -82,12 +85,24 @@ ARMS = {
     "c-sft-more": {"objective": "sft", "epochs": 2, "replay_epochs": [1], "replay_by": "nobody"},
     "c-sft-base": {"objective": "sft", "epochs": 2, "replay_epochs": [1], "replay_by": "base"},
 }
+SCENES = {"kind": "shapes", "count": 40, "captions": 12}
 RIGHT = {"base": 0.4, "sft": 0.6, "sft-nobody": 0.4, "c-sft": 0.6, "c-sft-more": 0.6, "c-sft-base": 0.6}
 
 
 def write_run(folder: Path, model: str, seed: int) -> Path:
     """Write what the study reads of a run of made-up verdicts: the judge never errs on the base model's images."""
-    config = validate(merged(SMALL, {"run": folder.name, "seed": seed, "model": {"checkpoint": model}, "arms": ARMS}))
+    config = validate(
+        merged(
+            SMALL,
+            {
+                "run": folder.name,
+                "seed": seed,
+                "model": {"checkpoint": model},
+                "arms": ARMS,
+                "understanding": {"scenes": SCENES},
+            },
+        )
+    )
     folder.mkdir(parents=True)
     (folder / "run_config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
     generator = np.random.default_rng([seed, MODELS.index(model)])
@@ -129,7 +144,25 @@ def write_run(folder: Path, model: str, seed: int) -> Path:
         drawn = [{"prompt_id": f"t{seed}-{i}", "round": 1, "chosen": f"{replay}-{i}"} for i in range(12, 12 + count)]
         write(f"{replay}/replay/pairs.parquet", "pairs", drawn)
     write("sft-epoch1-by-nobody/replay/pairs.parquet", "pairs", pairs[:4])
+    for arm in ("base", *config.arms):
+        write(f"{arm}/answers/scenes.parquet", "answers", answers(config, generator, 0.95 if arm == "sft" else 0.8))
     return folder
+
+
+def answers(config: Config, generator: np.random.Generator, share: float) -> list[dict]:
+    """Return answers to the questions about scenes of which this share is right."""
+    rows = []
+    for question in SHAPES.questions(config.understanding["scenes"]):
+        right = bool(generator.random() < share)
+        answer = Answer(
+            **{name: getattr(question, name) for name in ("question_id", "image_id", "part", "category", "expected")},
+            question=question.text,
+            answer="a red circle" if question.grade else None,
+            p_yes=None if question.grade else float((question.expected == "yes") == right),
+            score=float(right),
+        )
+        rows.append(asdict(answer))
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +223,26 @@ def test_the_study_says_what_was_trained_on(runs, tmp_path, monkeypatch):
     assert float(redrawn["ci_low"]) < float(redrawn["difference"]) < float(redrawn["ci_high"])
     constant = row_of(tables["contrasts"], arm="c-sft", against="c-sft-base", metric="recovered_prompts")
     assert (constant["difference"], constant["ci_low"]) == ("12.5", ""), "no interval of width zero"
+
+
+def test_the_study_says_whether_judging_of_scenes_improves(runs, tmp_path, monkeypatch):
+    tables = study_of(monkeypatch, tmp_path, runs)
+    for metric in ("adversarial_accuracy", "pair_accuracy", "pair_auc", "caption_true"):
+        better = row_of(tables["contrasts"], benchmark="scenes", arm="sft", against="base", metric=metric, category="overall")
+        assert 0 < float(better["ci_low"]) < float(better["difference"]) < float(better["ci_high"])
+    assert row_of(tables["contrasts"], benchmark="scenes", arm="c-sft", against="sft", metric="pair_auc", category="relation")
+    counted = row_of(tables["out"], benchmark="scenes", arm="sft", metric="adversarial_accuracy", category="overall")
+    assert (counted["n"], counted["models"]) == (str(6 * 40), "3")
+    assert len({row["seed"] for row in tables["by-run"] if row["benchmark"] == "scenes"}) == 6
+
+
+def test_runs_with_other_questions_are_refused(runs, tmp_path):
+    again = shutil.copytree(runs[1], tmp_path / "again")
+    rows = manifests.read_rows(again / "sft/answers/scenes.parquet", "answers")
+    manifests.write(again / "sft/answers/scenes.parquet", "answers", rows[:-1], stage="stages.tools.study")
+    found, config = study.open_runs([runs[0], again])
+    with pytest.raises(UserError, match=r"again/sft/answers/scenes.parquet: not the questions of"):
+        study.understanding_rows(found, config, "scenes")
 
 
 def test_one_run_and_one_checkpoint_have_intervals_too(runs, tmp_path, monkeypatch):

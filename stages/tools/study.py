@@ -41,9 +41,11 @@ from stages.common import manifests
 from stages.common.config import Config, load
 from stages.common.errors import UserError, run_stage
 from stages.common.files import whole_file, write_csv
+from stages.count_answers import by_metric, categories_of, counts_of, read_answers
 from stages.tools import metrics
 from stages.tools.arms import nodes, replays, selection_owner
 from stages.tools.intervals import FEW, t_quantile
+from stages.understanding import understanding_kind
 
 Row = dict[str, Any]
 Groups = list[np.ndarray]
@@ -57,9 +59,12 @@ CONTRAST_COLUMNS = (
 ROUNDS = 2000  # resamples where the interval is not the recipe's
 MAY_DIFFER: Any = {"run": True, "seed": True, "model": {"checkpoint"}}
 
-# The claims: what is said, the arm, what it is compared with, and the metrics. An arm that the runs lack is left out.
+# The claims: what is said, the arm, what it is compared with, and the metrics. What the runs lack is left out.
 DRAWING = ("gen", "non")
-JUDGING = ("judge_on_base", "judge_on_own", "false_acceptance", "false_refusal")
+JUDGING = (
+    "judge_on_base", "judge_on_own", "false_acceptance", "false_refusal",
+    "pair_auc", "pair_accuracy", "random_accuracy", "adversarial_accuracy", "caption_true",
+)  # fmt: skip
 DATA = ("trained_precision",)
 REPLAYED = ("recovered_prompts", "recovered_precision")
 CLAIMS: list[tuple[str, str, str, tuple[str, ...]]] = (
@@ -251,17 +256,47 @@ def benchmark_prompts(runs: list[Run], benchmark: str) -> list[Row]:
 def benchmark_rows(runs: list[Run], config: Config, benchmark: str) -> tuple[list[Row], list[Row], list[Row]]:
     """Return a benchmark's rows of the three tables: all runs together, every run, and contrasts."""
     prompts = benchmark_prompts(runs, benchmark)
-    arms = ["base", *config.arms]
     by_run = [counted(run.folder, config, benchmark, prompts) for run in runs]
-    counts = {
-        arm: {name: np.concatenate([part[arm][name] for part in by_run], axis=1) for name in by_run[0][arm]} for arm in arms
-    }
     categories = metrics.groups_of(prompts)
+    return rows_of(runs, benchmark, by_run, dict.fromkeys(by_run[0]["base"], categories))
+
+
+def understanding_rows(runs: list[Run], config: Config, benchmark: str) -> tuple[list[Row], list[Row], list[Row]]:
+    """Return the rows of an understanding benchmark. Its images, which are the same in all runs, take the place of prompts."""
+    kind = understanding_kind(config.understanding_benchmark(benchmark).kind)
+    first, by_run, categories = None, [], {}
+    for run in runs:
+        found = {}
+        for arm in ("base", *config.arms):
+            path = run.folder / arm / "answers" / f"{benchmark}.parquet"
+            answers = read_answers(path)
+            asked = [(answer.question_id, answer.question, answer.expected) for answer in answers]
+            first = first or (path, asked)
+            if asked != first[1]:
+                raise UserError(f"{path}: not the questions of {first[0]}; the runs of a study have the same benchmarks")
+            measures = by_metric(kind.measures(answers))
+            found[arm] = {name: counts_of(parts) for name, parts in measures.items()}
+            categories = {name: categories_of(parts) for name, parts in measures.items()}
+        by_run.append(found)
+    return rows_of(runs, benchmark, by_run, categories)
+
+
+def rows_of(
+    runs: list[Run],
+    benchmark: str,
+    by_run: list[dict[str, dict[str, metrics.Counts]]],
+    categories: dict[str, dict[str, Groups]],
+) -> tuple[list[Row], list[Row], list[Row]]:
+    """Return the rows of the three tables from the counts of every run by arm and metric, and from the metrics' categories."""
+    counts = {
+        arm: {name: np.concatenate([part[arm][name] for part in by_run], axis=1) for name in found}
+        for arm, found in by_run[0].items()
+    }
     size = {"benchmark": benchmark, "seeds": len(runs), "models": len({run.model for run in runs})}
     together, each, contrasts = [], [], []
-    for arm in arms:
+    for arm in counts:
         for name, found in counts[arm].items():
-            for category, groups in categories.items():
+            for category, groups in categories[name].items():
                 seed = metrics.resampling_seed("study", name, category)
                 row = size | {"arm": arm, "category": category, "metric": name, "n": int(total(found, groups)[1])}
                 base = None if name in metrics.AGAINST_BASE else counts["base"][name]
@@ -275,7 +310,7 @@ def benchmark_rows(runs: list[Run], config: Config, benchmark: str) -> tuple[lis
         for name in names:
             if arm not in counts or against not in counts or name not in counts[arm]:
                 continue
-            for category, groups in categories.items():
+            for category, groups in categories[name].items():
                 one, other = counts[arm][name], counts[against][name]
                 seed = metrics.resampling_seed("study", name, category)
                 change = contrast(name, one, other, groups, runs, seed)
@@ -481,7 +516,9 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="plot to write (PNG)")
     arguments = parser.parse_args()
     runs, config = open_runs(arguments.runs)
-    parts = [benchmark_rows(runs, config, benchmark) for benchmark in config.benchmarks] + [data_rows(runs, config)]
+    parts = [benchmark_rows(runs, config, benchmark) for benchmark in config.benchmarks]
+    parts += [understanding_rows(runs, config, benchmark) for benchmark in config.understanding]
+    parts.append(data_rows(runs, config))
     together, each, contrasts = ([row for part in parts for row in part[place]] for place in range(3))
     write_csv(arguments.out, COLUMNS, together)
     if arguments.by_run:
