@@ -162,14 +162,14 @@ def summary(rows: Sequence[Row]) -> list[str]:
 
 
 def correlation(runs: Sequence[Path]) -> str:
-    """Return in words how gains in Gen. correlate with Non. of base over runs, arms and categories."""
+    """Return in words how gains in Gen. correlate with Non. of base, over runs, arms without controls, and categories."""
     non, gain = [], []
     for run in runs:
         config = load(run / "run_config.yaml")
         for benchmark in config.benchmarks:
             base = metric_rows(run, "base", benchmark)
             gaps = {row["category"]: row["value"] for row in base if row["metric"] == "non" and row["category"] != "overall"}
-            for arm in config.arms:
+            for arm in plans(config):
                 for row in metric_rows(run, arm, benchmark):
                     if row["metric"] == "gen" and row["category"] in gaps and row["delta"] is not None:
                         non.append(gaps[row["category"]])
@@ -177,7 +177,10 @@ def correlation(runs: Sequence[Path]) -> str:
     if len(non) < 3 or np.std(non) == 0 or np.std(gain) == 0:
         return "There are too few runs and categories for a correlation of gain with Non."
     value = float(np.corrcoef(non, gain)[0, 1])
-    return f"Over {len(non)} runs, arms and categories, gain in Gen. correlates with Non. before training at {value:.2f}."
+    return (
+        f"Over {len(non)} runs, arms for which the model itself selects, and categories, "
+        f"gain in Gen. correlates with Non. before training at {value:.2f}."
+    )
 
 
 def plot(rows: Sequence[Row], out: Path) -> None:
