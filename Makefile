@@ -4,7 +4,7 @@ CORES ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup run audit test test-all test-slurm test-lmms lmms-env serve-env cluster lint format study tune ablations dynamics tiny-model tiny-model-janus tiny-model-show_o
+.PHONY: setup run audit test test-all test-slurm test-lmms lmms-env serve-env cluster lint format study tune tune-show-o ablations dynamics tiny-model tiny-model-janus tiny-model-show_o
 
 setup: $(STAMP)
 
@@ -103,6 +103,11 @@ tune: setup
 	done > results/guidance.jsonl && mv results/guidance.jsonl docs/guidance.jsonl
 	@$(call validated,tune,configs/tune.yaml)
 	$(BIN)/python -m stages.tools.study --runs $(call runs_of,tune) --out docs/tuning.csv
+
+# The same for the tiny Show-o; writes docs/tuning-show-o.csv.
+tune-show-o: setup
+	@$(call validated,tune-show-o,configs/tiny-show-o.yaml configs/tune-show-o.yaml)
+	$(BIN)/python -m stages.tools.study --runs $(call runs_of,tune-show-o) --out docs/tuning-show-o.csv
 
 # The ablations of the paper and some more: first learning curves, which say when Gen. stalls, then all arms, then a second round
 # of the whole loop with the model that the first one has trained, and drawing under guidance. Writes docs/ablations*.

@@ -48,6 +48,10 @@ def ended(arguments, folder, count: int) -> str:
     return text(folder)
 
 
+# What all keys share cancels in the softmax where they are not rotated, so this gradient is zero up to rounding there, and
+# AdamW takes steps of full size from rounding errors.
+UNDETERMINED = "k_layernorm.bias"
+
 # Two nodes with one process each, and one node with two processes; one case for each objective, and one for a family that
 # computes its own losses.
 CASES = {
@@ -85,7 +89,8 @@ def test_two_processes_follow_one_and_go_on_after_a_stop(case, request, tmp_path
     assert first.keys() == second.keys() == single.keys()
     for name, tensor in first.items():
         assert torch.allclose(tensor, second[name], rtol=0, atol=1e-6), name
-        assert torch.allclose(tensor, single[name], rtol=0, atol=1e-4), name
+        if not name.endswith(UNDETERMINED):
+            assert torch.allclose(tensor, single[name], rtol=0, atol=1e-4), name
     assert losses(halted)["loss"] == pytest.approx(losses(whole)["loss"], abs=1e-6)
     if inputs.name.startswith("show-o"):
         ShowO.load(halted / "checkpoint")  # refuses missing and unknown weights
