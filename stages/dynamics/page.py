@@ -176,9 +176,9 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         Table(
             "corrections",
             "Similarity to the nearest training pair",
-            "Cosine of the prompt's embedding with that of the nearest training prompt, and of the image's with that of this "
-            "pair's image. *corrected*: wrong images that the base model accepts and the trained one refuses. *kept*: that "
-            "both accept. *random*: all images that are not corrected.",
+            "Cosine of the prompt's embedding with that of the nearest training prompt of the first selection, and of the "
+            "image's with that of this pair's image. *corrected*: wrong images that the base model accepts and the trained one "
+            "refuses. *kept*: that both accept. *random*: all images that are not corrected.",
         ),
         Table(
             "proxies",
