@@ -6,7 +6,7 @@ import shutil
 import pytest
 from filelock import FileLock
 
-from tests.helpers import TINY, completed, copy_of_the_project, done, write_config
+from tests.helpers import LMMS_PYTHON, TINY, completed, copy_of_the_project, done, write_config
 from tests.tiny_show_o import write_tiny_show_o
 
 
@@ -19,6 +19,14 @@ def tiny():
 
     torch.set_num_threads(1)
     return Janus.load(TINY)
+
+
+@pytest.fixture(scope="session")
+def lmms_python():
+    """The interpreter of lmms-eval's own environment."""
+    if not LMMS_PYTHON.exists():
+        pytest.skip("needs the environment of lmms-eval: run `make lmms-env`")
+    return LMMS_PYTHON
 
 
 def drawn_and_judged(folder, **changes):

@@ -24,6 +24,7 @@ stages.families.FAMILIES["toy"] = "stages.families.toy:TOY"
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "models" / "tiny-janus"
+LMMS_PYTHON = ROOT / ".venv-lmms/bin/python"
 BENCHMARKS = ROOT.parent / "shared" / "data"  # T2I-CompBench++ and GenEval prompts, if they are available
 
 SMALL = {

@@ -310,15 +310,16 @@ def test_a_truncated_weight_file_is_refused(name, folder, checkpoints, tmp_path)
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_number_of_images(checkpoints, tmp_path):
+@pytest.mark.parametrize("name", ["sci-score", "detector", "vlm"])
+def test_memory_does_not_grow_with_the_number_of_images(name, checkpoints, tmp_path):
     exact = ("env", "MALLOC_MMAP_THRESHOLD_=65536", "MALLOC_ARENA_MAX=1")  # return freed memory at once
     pixels = np.random.default_rng(0).integers(0, 256, (384, 384, 3), dtype=np.uint8)
     data, peaks = shards.png(pixels), {}
     for count in (192, 1536):
         folder = tmp_path / str(count)
         folder.mkdir()
-        write_files(folder, prompts_of("sci-score"), [data] * count)
-        configure(folder, CASES["sci-score"].settings(checkpoints))
+        write_files(folder, prompts_of(name), [data] * count)
+        configure(folder, CASES[name].settings(checkpoints))
         files = ("--prompts", folder / "prompts.parquet", "--candidates", folder / "candidates.parquet")
         command = (*exact, sys.executable, "-m", "stages.judge", "--config", folder / "config.yaml", "--judge", "mine", *files)
         _, _, peaks[count] = measured(*command, "--out", folder / "verdicts.parquet")

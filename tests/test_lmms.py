@@ -36,12 +36,11 @@ from stages.understanding.lmms import (
 from stages.understanding.lmms_model import Asked, Finished, Sample, cleaned, in_batches, picture_hash, side_by_side
 from stages.understanding.shapes import ShapesUnderstanding, yes_no_questions
 from stages.understanding.shapes_task import graded, write
-from tests.helpers import ROOT, completed, done, refused, stage, write_config
+from tests.helpers import LMMS_PYTHON, ROOT, completed, done, refused, stage, write_config
 from tests.helpers import environment as shell
 from tests.test_understanding import value
 
 QUESTION = "does this image show {prompt} ?"
-LMMS_PYTHON = ROOT / ".venv-lmms/bin/python"
 
 
 def settings(**changes) -> LmmsEval:
@@ -286,13 +285,6 @@ def test_the_task_counts_what_is_neither_yes_nor_no_as_wrong():
 
 
 # --- in the environment of lmms-eval -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def lmms_python() -> Path:
-    if not LMMS_PYTHON.exists():
-        pytest.skip("needs the environment of lmms-eval: run `make lmms-env`")
-    return LMMS_PYTHON
 
 
 def photograph(number: int, height: int = 40) -> dict:

@@ -10,6 +10,7 @@ import yaml
 from stages.common.config import load
 from stages.tools.rescoring import source_of
 from tests.helpers import BENCHMARKS, ROOT, TINY, completed, done, environment, merged, refused
+from tests.test_lmms import prepare_pope
 from tests.test_science import APPLE, LAPTOP, write_benchmark
 from tests.tiny_judges import write_tiny_blip, write_tiny_clip, write_tiny_detector, write_tiny_geneval
 from tests.tiny_show_o import write_tiny_show_o
@@ -161,6 +162,22 @@ def test_a_small_run_of_a_preset_ends_with_the_tables(place):
     result = run_preset(place, "janus-pro-7b", "--cores", 2, **with_phrases(place))
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert_the_tables_are_whole(place / "results/janus-pro-7b")
+
+
+@needs_benchmarks
+@pytest.mark.slow
+@pytest.mark.lmms
+def test_the_same_run_ends_with_the_table_of_understanding(place, lmms_python):
+    prepare_pope(place / "data/hf")
+    pope = {"python": str(lmms_python), "max_new_tokens": 8}
+    asked = {"understanding": dict.fromkeys(UNDERSTANDING) | {"pope": pope}}
+    result = run_preset(place, "janus-pro-7b", "--cores", 2, **with_phrases(place) | asked)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert_the_tables_are_whole(place / "results/janus-pro-7b")
+    lines = (place / "results/janus-pro-7b/tables/understanding.md").read_text().splitlines()
+    models = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
+    assert [model for model in models[1:] if "paper" not in model] == ["base", "t2i-r1", "sft"]
+    assert "pope" in lines[2]
 
 
 @needs_benchmarks
