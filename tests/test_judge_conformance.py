@@ -311,7 +311,7 @@ def test_a_truncated_weight_file_is_refused(name, folder, checkpoints, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "side", "few", "many"), [("sci-score", 384, 192, 1536), ("detector", 1024, 48, 240), ("vlm", 448, 96, 768)]
+    ("name", "side", "few", "many"), [("sci-score", 384, 192, 1536), ("detector", 1024, 96, 480), ("vlm", 448, 96, 768)]
 )
 def test_memory_does_not_grow_with_the_number_of_images(name, side, few, many, checkpoints, tmp_path):
     exact = ("env", "MALLOC_MMAP_THRESHOLD_=65536", "MALLOC_ARENA_MAX=1")  # return freed memory at once
@@ -321,7 +321,7 @@ def test_memory_does_not_grow_with_the_number_of_images(name, side, few, many, c
         folder = tmp_path / str(count)
         folder.mkdir()
         write_files(folder, prompts_of(name), [data] * count)
-        configure(folder, CASES[name].settings(checkpoints) | {"batch_size": 8})
+        configure(folder, CASES[name].settings(checkpoints) | {"batch_size": 2})
         files = ("--prompts", folder / "prompts.parquet", "--candidates", folder / "candidates.parquet")
         command = (*exact, sys.executable, "-m", "stages.judge", "--config", folder / "config.yaml", "--judge", "mine", *files)
         _, _, peak = measured(*command, "--out", folder / "verdicts.parquet")
