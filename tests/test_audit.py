@@ -510,20 +510,20 @@ def test_the_audit_with_real_paths_plans_every_model_on_three_benchmarks_and_tra
             "audit.models.second: ", "checkpoints/absent")  # fmt: skip
 
 
-def test_the_commented_arms_of_the_tiny_audit_join_it_once_their_run_is_finished(tmp_path):
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models/tiny-janus").symlink_to(TINY)
-    for arm in ("sft", "c-dpo"):
-        (tmp_path / f"results/tiny-janus/{arm}").mkdir(parents=True)
-        shutil.copytree(TINY, tmp_path / f"results/tiny-janus/{arm}/checkpoint")
-    text, added = re.subn(r"(?m)^( +)# (tiny-janus-\S+: \{)", r"\1\2", (ROOT / "configs/tiny-audit.yaml").read_text())
-    assert added == 2
-    (tmp_path / "config.yaml").write_text(text)
+def test_trained_arms_of_two_families_join_the_tiny_audit_once_their_runs_are_finished(tmp_path):
+    trained = {}
+    for family in ("tiny-janus", "tiny-show-o"):
+        shutil.copytree(ROOT / "models" / family, tmp_path / "models" / family)
+        for arm in ("sft", "dpo"):
+            trained[f"{family}-{arm}"] = f"results/{family}/{arm}/checkpoint"
+            shutil.copytree(ROOT / "models" / family, tmp_path / trained[f"{family}-{arm}"])
+    files = [yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text()) for name in ("tiny-audit", "tiny-audit-arms")]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(merged(*files)))
     plan = completed(tmp_path, "-n", "audit", "--printshellcmds")
-    drawn = re.findall(r"python -m stages\.generate --config (\S+) .*?--checkpoint (\S+)", plan)
-    assert ("results/tiny-audit/tiny-janus-sft/config.yaml", "results/tiny-janus/sft/checkpoint") in drawn
-    assert ("results/tiny-audit/tiny-janus-c-dpo/config.yaml", "results/tiny-janus/c-dpo/checkpoint") in drawn
-    assert len(drawn) == 5
+    drawn = dict(
+        re.findall(r"python -m stages\.generate --config results/tiny-audit-arms/(\S+)/config.yaml .*?--checkpoint (\S+)", plan)
+    )
+    assert drawn == trained | {name: f"models/{name}" for name in ("tiny-janus", "tiny-show-o")}
     assert "stages.train" not in plan
 
 

@@ -91,18 +91,8 @@ RIGHT = {"base": 0.4, "sft": 0.6, "sft-nobody": 0.4, "c-sft": 0.6, "c-sft-more":
 
 def write_run(folder: Path, model: str, seed: int) -> Path:
     """Write what the study reads of a run of made-up verdicts: the judge never errs on the base model's images."""
-    config = validate(
-        merged(
-            SMALL,
-            {
-                "run": folder.name,
-                "seed": seed,
-                "model": {"checkpoint": model},
-                "arms": ARMS,
-                "understanding": {"scenes": SCENES},
-            },
-        )
-    )
+    own = {"run": folder.name, "seed": seed, "model": {"checkpoint": model}}
+    config = validate(merged(SMALL, own | {"arms": ARMS, "understanding": {"scenes": SCENES}}))
     folder.mkdir(parents=True)
     (folder / "run_config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
     generator = np.random.default_rng([seed, MODELS.index(model)])

@@ -46,6 +46,7 @@ from stages.tools import metrics
 from stages.tools.arms import nodes, replays, selection_owner
 from stages.tools.intervals import FEW, t_quantile
 from stages.understanding import understanding_kind
+from stages.understanding.base import Answer
 
 Row = dict[str, Any]
 Groups = list[np.ndarray]
@@ -264,20 +265,24 @@ def benchmark_rows(runs: list[Run], config: Config, benchmark: str) -> tuple[lis
 def understanding_rows(runs: list[Run], config: Config, benchmark: str) -> tuple[list[Row], list[Row], list[Row]]:
     """Return the rows of an understanding benchmark. Its images, which are the same in all runs, take the place of prompts."""
     kind = understanding_kind(config.understanding_benchmark(benchmark).kind)
-    first, by_run, categories = None, [], {}
-    for run in runs:
-        found = {}
-        for arm in ("base", *config.arms):
-            path = run.folder / arm / "answers" / f"{benchmark}.parquet"
-            answers = read_answers(path)
-            asked = [(answer.question_id, answer.question, answer.expected) for answer in answers]
-            first = first or (path, asked)
-            if asked != first[1]:
-                raise UserError(f"{path}: not the questions of {first[0]}; the runs of a study have the same benchmarks")
-            measures = by_metric(kind.measures(answers))
-            found[arm] = {name: counts_of(parts) for name, parts in measures.items()}
-            categories = {name: categories_of(parts) for name, parts in measures.items()}
-        by_run.append(found)
+    place = Path("answers", f"{benchmark}.parquet")
+
+    def asked(answers: list[Answer]) -> list[tuple[str, str, str | None]]:
+        return [(answer.question_id, answer.question, answer.expected) for answer in answers]
+
+    first = read_answers(runs[0].folder / "base" / place)
+    questions, categories = (
+        asked(first),
+        {name: categories_of(parts) for name, parts in by_metric(kind.measures(first)).items()},
+    )
+
+    def counted_answers(path: Path) -> dict[str, metrics.Counts]:
+        answers = read_answers(path)
+        if asked(answers) != questions:
+            raise UserError(f"{path}: not the questions of {runs[0].folder}; the runs of a study have the same benchmarks")
+        return {name: counts_of(parts) for name, parts in by_metric(kind.measures(answers)).items()}
+
+    by_run = [{arm: counted_answers(run.folder / arm / place) for arm in ("base", *config.arms)} for run in runs]
     return rows_of(runs, benchmark, by_run, categories)
 
 
