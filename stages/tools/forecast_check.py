@@ -162,7 +162,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
 
 
 def correlation(runs: Sequence[Path]) -> str:
-    """Return in words how gains in Gen. correlate with Non. of base, over runs, arms without controls, and categories."""
+    """Return in words how gains in Gen. correlate with Non. of base, over runs, categories, and arms that are no controls."""
     non, gain = [], []
     for run in runs:
         config = load(run / "run_config.yaml")
@@ -178,7 +178,7 @@ def correlation(runs: Sequence[Path]) -> str:
         return "There are too few runs and categories for a correlation of gain with Non."
     value = float(np.corrcoef(non, gain)[0, 1])
     return (
-        f"Over {len(non)} runs, arms for which the model itself selects, and categories, "
+        f"Over {len(non)} cases (by run, category, and arm for which the model itself selects), "
         f"gain in Gen. correlates with Non. before training at {value:.2f}."
     )
 
