@@ -4,7 +4,7 @@ CORES ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup run audit test test-all test-slurm test-lmms lmms-env serve-env cluster lint format study tune tune-show-o ablations dynamics tiny-model tiny-model-janus tiny-model-show_o
+.PHONY: setup run audit test test-all test-slurm test-lmms lmms-env serve-env cluster lint format study study-show-o tune tune-show-o ablations dynamics tiny-model tiny-model-janus tiny-model-show_o
 
 setup: $(STAMP)
 
@@ -76,55 +76,69 @@ format: setup
 MODELS ?= models/tiny-janus models/tiny-janus-1 models/tiny-janus-2
 SEEDS ?= 0 1
 study: setup
-	@place=0; started=$$(date +%s); runs=; \
+	@place=$(or $(FIRST),0); started=$$(date +%s); runs=; \
 	for model in $(MODELS); do for seed in $(SEEDS); do \
 		begun=$$(date +%s); run=study-$$(echo $$model | tr / -)-$$seed; runs="$$runs results/$$run"; \
-		PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) --configfile config.yaml configs/study.yaml \
+		PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) --configfile config.yaml $(UNDER) configs/study.yaml \
 			--config seed=$$((10 * place + seed)) run=$$run model="{checkpoint: $$model}" -- all precision || exit 1; \
 		echo "$$run took $$((($$(date +%s) - begun) / 60)) minutes, and the study so far $$((($$(date +%s) - started) / 60))"; \
 	done; place=$$((place + 1)); done; \
-	$(BIN)/python -m stages.tools.study --runs $$runs --out docs/study.csv --by-run docs/study-runs.csv \
-		--contrasts docs/contrasts.csv --plot docs/study.png && \
+	$(BIN)/python -m stages.tools.study --runs $$runs --out docs/study$(OF).csv --by-run docs/study-runs$(OF).csv \
+		--contrasts docs/contrasts$(OF).csv --plot docs/study$(OF).png && \
 	echo "The study took $$((($$(date +%s) - started) / 60)) minutes."
 
+# The same for the tiny Show-o, which is one checkpoint; its seeds are 30 and 31. Writes study-show-o.csv and so on.
+study-show-o: setup
+	@$(MAKE) --no-print-directory study MODELS=models/tiny-show-o FIRST=3 UNDER=configs/tiny-show-o.yaml OF=-show-o
+
 # Settings and ablations are measured on the validation prompts, with seeds of their own. A run that is finished is only checked.
-# $(call validated,NAME,CONFIGURATION FILE,FURTHER SETTINGS) runs the workflow once for each seed.
-VALIDATION_SEEDS ?= 100 101
-validated = for seed in $(VALIDATION_SEEDS); do \
+# $(call validated,NAME,CONFIGURATION FILE,FURTHER SETTINGS,SEEDS) runs the workflow once for each seed.
+TUNING_SEEDS ?= 100 101 102
+validated = for seed in $(4); do \
 		PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) --configfile config.yaml $(2) \
-			--config run=$(1)-$$seed seed=$$seed $(3) -- all || exit 1; \
+			--config run=$(1)-$$seed seed=$$seed $(3) -- all precision || exit 1; \
 	done
-runs_of = $(VALIDATION_SEEDS:%=results/$(1)-%)
+tuned = $(TUNING_SEEDS:%=results/$(1)-%)
 
 # The grid from which the settings of config.yaml are chosen; writes docs/tuning.csv and docs/guidance.jsonl.
 tune: setup
 	@mkdir -p results; for scale in 1 1.5 2 3; do \
 		$(BIN)/python -m stages.shapes.measure --seeds 1 --guidance-scale $$scale || exit 1; \
 	done > results/guidance.jsonl && mv results/guidance.jsonl docs/guidance.jsonl
-	@$(call validated,tune,configs/tune.yaml)
-	$(BIN)/python -m stages.tools.study --runs $(call runs_of,tune) --out docs/tuning.csv
+	@$(call validated,tune,configs/tune.yaml,,$(TUNING_SEEDS))
+	$(BIN)/python -m stages.tools.study --runs $(call tuned,tune) --out docs/tuning.csv
 
-# The same for the tiny Show-o; writes docs/tuning-show-o.csv.
+# The same for the tiny Show-o; writes docs/tuning-show-o.csv and docs/guidance-show-o.jsonl.
 tune-show-o: setup
-	@$(call validated,tune-show-o,configs/tiny-show-o.yaml configs/tune-show-o.yaml)
-	$(BIN)/python -m stages.tools.study --runs $(call runs_of,tune-show-o) --out docs/tuning-show-o.csv
+	@mkdir -p results; for steps in 8 16; do for scale in 0 0.5 1 2; do \
+		$(BIN)/python -m stages.shapes.measure --family show_o --checkpoint models/tiny-show-o --seeds 1 --guidance-scale $$scale \
+			--sampling "{\"steps\": $$steps}" || exit 1; \
+	done; done > results/guidance-show-o.jsonl && mv results/guidance-show-o.jsonl docs/guidance-show-o.jsonl
+	@$(call validated,tune-show-o,configs/tiny-show-o.yaml configs/tune-show-o.yaml,,$(TUNING_SEEDS))
+	$(BIN)/python -m stages.tools.study --runs $(call tuned,tune-show-o) --out docs/tuning-show-o.csv
 
 # The ablations of the paper and some more: first learning curves, which say when Gen. stalls, then all arms, then a second round
-# of the whole loop with the model that the first one has trained, and drawing under guidance. Writes docs/ablations*.
+# of the whole loop with the model that the first one has trained, and drawing under guidance. The curves have another seed than
+# the ablations, since the epoch of replay is chosen from them. Writes docs/ablations* and
+# docs/learning_curves*.
+CURVE_SEEDS ?= 100
+ABLATION_SEEDS ?= 101 102 103
 STALL = arms="{c-sft-stall: {objective: sft, epochs: 6, replay_epochs: [$$epoch]}}"
 SECOND = model="{checkpoint: results/ablations-$$seed/sft/checkpoint}"
+ablated = $(BIN)/python -m stages.tools.study --runs $(ABLATION_SEEDS:%=results/$(1)-%) --out docs/$(1).csv \
+	--contrasts docs/$(1)-contrasts.csv --plot docs/$(1).png
 ablations: setup
-	@$(call validated,ablations-curves,configs/learning_curves.yaml)
-	@epoch=$$($(BIN)/python -m stages.tools.stall --curves $(VALIDATION_SEEDS:%=results/ablations-curves-%/learning_curves.csv) \
+	@$(call validated,ablations-curves,configs/learning_curves.yaml,,$(CURVE_SEEDS))
+	@epoch=$$($(BIN)/python -m stages.tools.stall --curves $(CURVE_SEEDS:%=results/ablations-curves-%/learning_curves.csv) \
 		--arm sft) || exit 1; echo "Gen. stalls after epoch $$epoch."; \
-	$(call validated,ablations,configs/ablations.yaml,$(STALL))
-	@$(call validated,ablations-second,configs/second-round.yaml,$(SECOND))
-	@$(call validated,ablations-guided,configs/guided.yaml)
-	$(BIN)/python -m stages.tools.study --runs $(call runs_of,ablations) --out docs/ablations.csv \
-		--contrasts docs/ablation-contrasts.csv --plot docs/ablations.png
-	$(BIN)/python -m stages.tools.study --runs $(call runs_of,ablations-second) --out docs/ablations-second-round.csv
-	$(BIN)/python -m stages.tools.study --runs $(call runs_of,ablations-guided) --out docs/ablations-guided.csv
-	cp results/ablations-curves-$(firstword $(VALIDATION_SEEDS))/learning_curves.png docs/learning_curves.png
+	$(call validated,ablations,configs/ablations.yaml,$(STALL),$(ABLATION_SEEDS))
+	@$(call validated,ablations-second,configs/second-round.yaml,$(SECOND),$(ABLATION_SEEDS))
+	@$(call validated,ablations-guided,configs/guided.yaml,,$(ABLATION_SEEDS))
+	$(call ablated,ablations)
+	$(call ablated,ablations-second)
+	$(call ablated,ablations-guided)
+	cp results/ablations-curves-$(firstword $(CURVE_SEEDS))/learning_curves.png docs/learning_curves.png
+	cp results/ablations-curves-$(firstword $(CURVE_SEEDS))/learning_curves.csv docs/learning_curves.csv
 
 # Learning dynamics on the tiny model with validation prompts, for several seeds; writes docs/dynamics.csv, the pictures and the
 # tables in docs/dynamics.md (the text around them stays). A run that is finished is only checked. For a smaller one:

@@ -57,8 +57,7 @@ rule precision:
     input:
         [
             path
-            for judge in ([settings.benchmarks[BENCHMARKS[0]].judge] if BENCHMARKS else [])
-            if judge
+            for judge in [settings.benchmarks[name].judge for name in JUDGED[:1]]
             for node, images in [("base", "train"), *((replay, "replay") for replay in drawn_replays())]
             for path in shard_files(node, f"verdicts/{judge}", images)
         ],

@@ -39,7 +39,7 @@ def simulated(trials: int, checkpoints: int, seeds: int, of_checkpoints: float, 
 
 @pytest.mark.parametrize(
     ("checkpoints", "seeds", "of_checkpoints", "of_seeds"),
-    [(3, 2, 1, 1), (4, 2, 1, 1), (5, 2, 1, 1), (3, 2, 2, 1), (3, 2, 0.5, 1)],
+    [(3, 2, 1, 1), (4, 2, 1, 1), (5, 2, 1, 1), (3, 2, 2, 1), (3, 2, 0.5, 1), (3, 1, 1, 1)],
 )
 def test_the_interval_covers_the_recipe_in_93_to_97_percent(checkpoints, seeds, of_checkpoints, of_seeds):
     groups = [np.arange(start, start + 80) for start in range(0, 480, 80)]
@@ -95,7 +95,7 @@ def write_run(folder: Path, model: str, seed: int) -> Path:
     config = validate(merged(SMALL, own | {"arms": ARMS, "understanding": {"scenes": SCENES}}))
     folder.mkdir(parents=True)
     (folder / "run_config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
-    generator = np.random.default_rng([seed, MODELS.index(model)])
+    generator = np.random.default_rng([seed, MODELS.index(model) if model in MODELS else len(MODELS)])
 
     def write(place: str, kind: str, rows: list[dict]) -> None:
         manifests.write(folder / place, kind, rows, stage="stages.tools.study")
@@ -182,6 +182,7 @@ def test_a_study_of_several_checkpoints_and_seeds(runs, tmp_path, monkeypatch, c
     assert (gen["seeds"], gen["models"], gen["n"]) == ("6", "3", str(6 * 240))
     assert float(gen["delta_ci_low"]) < float(gen["delta"]) < float(gen["delta_ci_high"])
     assert float(gen["delta_ci_low"]) > 10
+    assert gen["interval"] == "checkpoints"
     base = row_of(tables["out"], arm="base", category="overall", metric="gen")
     assert (base["delta"], base["delta_ci_low"]) == ("0.0", "")
     assert row_of(tables["out"], arm="sft", category="overall", metric="judge_on_base")["delta_ci_low"] == ""
@@ -209,7 +210,7 @@ def test_the_study_says_what_was_trained_on(runs, tmp_path, monkeypatch):
         assert (float(row["value"]), row["n"]) == (recovered, "48")
     assert row_of(tables["out"], benchmark="train", arm="sft-nobody", metric="discarded_prompts")["value"] == "40.0"
     assert row_of(tables["out"], benchmark="train", arm="c-sft-more", metric="trained_precision")["n"] == str(6 * 16)
-    redrawn = row_of(tables["contrasts"], arm="c-sft", against="c-sft-base", metric="recovered_precision")
+    redrawn = row_of(tables["contrasts"], arm="c-sft", against="c-sft-base", metric="joined_precision")
     assert float(redrawn["ci_low"]) < float(redrawn["difference"]) < float(redrawn["ci_high"])
     constant = row_of(tables["contrasts"], arm="c-sft", against="c-sft-base", metric="recovered_prompts")
     assert (constant["difference"], constant["ci_low"]) == ("12.5", ""), "no interval of width zero"
@@ -235,18 +236,39 @@ def test_runs_with_other_questions_are_refused(runs, tmp_path):
         study.understanding_rows(found, config, "scenes")
 
 
-def test_one_run_and_one_checkpoint_have_intervals_too(runs, tmp_path, monkeypatch):
-    for number, part in enumerate((runs[:1], runs[:2])):
+def test_an_interval_says_what_it_is_over(runs, tmp_path, monkeypatch, capsys):
+    third = write_run(tmp_path / "a-2", MODELS[0], 2)
+    cases = [
+        (runs[:1], "prompts", "1"),
+        (runs[:2], "prompts", "1"),
+        ([*runs[:2], third], "seeds", "1"),
+        (runs[:4], "prompts", "2"),
+    ]
+    for number, (part, over, models) in enumerate(cases):
         (tmp_path / str(number)).mkdir()
-        row = row_of(study_of(monkeypatch, tmp_path / str(number), part)["out"], arm="sft", category="overall", metric="gen")
+        tables = study_of(monkeypatch, tmp_path / str(number), part)
+        row = row_of(tables["out"], arm="sft", category="overall", metric="gen")
         assert float(row["delta_ci_low"]) < float(row["delta"]) < float(row["delta_ci_high"])
-        assert (row["seeds"], row["models"]) == (str(len(part)), "1")
+        assert (row["seeds"], row["models"], row["interval"]) == (str(len(part)), models, over)
+        redrawn = row_of(tables["contrasts"], arm="c-sft", against="c-sft-base", metric="joined_precision")
+        assert redrawn["interval"] == ("" if over == "prompts" else over), "what has no prompts in common needs three runs"
+        assert f", over {over})" in capsys.readouterr().out
+
+
+def test_rounds_that_go_on_from_a_trained_checkpoint_count_as_the_checkpoint_that_they_began_from(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / f"first-{seed}", MODELS[0], seed)
+        write_run(tmp_path / f"second-{seed}", f"{tmp_path}/first-{seed}/sft/checkpoint", seed)
+    found, _ = study.open_runs([tmp_path / f"second-{seed}" for seed in (0, 1)])
+    assert {run.model for run in found} == {MODELS[0]}
 
 
 def test_runs_that_do_not_belong_together_are_refused(runs, tmp_path):
     again = shutil.copytree(runs[0], tmp_path / "again")
-    with pytest.raises(UserError, match="has the model and the seed of"):
+    with pytest.raises(UserError, match=r"again/run_config.yaml: has the seed of .*, 0, so both train on the same prompts"):
         study.open_runs([runs[0], again])
+    with pytest.raises(UserError, match="different numbers of runs: models/a has 2, models/b has 1; give as many runs of each"):
+        study.open_runs(runs[:3])
     text = (again / "run_config.yaml").read_text()
     (again / "run_config.yaml").write_text(text.replace("accept_threshold: 0.9", "accept_threshold: 0.95"))
     with pytest.raises(UserError, match=r"differs from that of .* in more than run, seed and model.checkpoint"):

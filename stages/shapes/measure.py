@@ -110,11 +110,8 @@ def main() -> None:
     for seed in range(arguments.seeds):
         figures = measure(family, arguments.split, arguments.prompts, seed, sampling)
         found.append(figures)
-        rounded = {name: round(value, 3) for name, value in figures.items()}
-        print(
-            json.dumps({"split": arguments.split, "guidance_scale": arguments.guidance_scale, "seed": seed, **rounded}),
-            flush=True,
-        )
+        settings = {"split": arguments.split, "guidance_scale": arguments.guidance_scale, **arguments.sampling, "seed": seed}
+        print(json.dumps(settings | {name: round(value, 3) for name, value in figures.items()}), flush=True)
     if arguments.tables:
         print(tables(found))
 

@@ -32,6 +32,7 @@ from stages.common.config import Config, load
 from stages.common.errors import UserError, run_stage
 from stages.common.files import whole_file, write_csv
 from stages.common.seeds import hash_seed
+from stages.judge_report import external_judge
 from stages.tools import forecast
 from stages.tools.arms import selection_owner
 from stages.tools.forecast import Line, Value
@@ -72,7 +73,7 @@ def selected(run: Path, config: Config, arm: str) -> dict[str, Value]:
     pairs = manifests.read_rows(run / arm / "pairs.parquet", "pairs")
     waiting = [row for row in manifests.read_rows(run / arm / "discard.parquet", "discard") if row["reason"] == "no_accepted"]
     prompts = len(manifests.read_rows(run / "prompts/train.parquet", "prompts"))
-    judge = next((benchmark.judge for benchmark in config.benchmarks.values() if benchmark.judge), None)
+    judge = external_judge(config, "train")
     right, judged = true_share(run, "base", judge, "train", [row["chosen"] for row in pairs]) if judge else (0, 0)
     return {
         "rows": Value(float(len(pairs))),

@@ -17,19 +17,27 @@ Student's t with Satterthwaite's degrees of freedom, at least one less than the 
   with the same seed train on the same prompts;
 - that a share's numerator and denominator by prompt are not far from proportional (the first-order delta method).
 
-In a simulation with 3 to 5 checkpoints of 2 seeds (tests/test_study.py) it covers the truth in 95 to 96 % where checkpoints and
-seeds differ by 1 point, in 93 % where 3 checkpoints differ by 2, and in up to 98 % where they do not differ at all.
-Bootstrapping checkpoints and prompts together counts the chance in the images twice. That hides that three checkpoints show too
-little of their spread, but where they differ by 3 points it covers only 85 %. With a single checkpoint its seeds take the place
-of checkpoints, and the interval does not hold for others. With a single run it holds for that run, and only over prompts.
+In a simulation with 3 to 5 checkpoints of 1 or 2 seeds (tests/test_study.py) it covers the truth in 95 to 96 % where
+checkpoints and seeds differ by 1 point, in 93 % where 3 checkpoints differ by 2, and in up to 98 % where they do not differ
+at all. This is the share over all studies. Where the three checkpoints of a study happen to agree, its interval is narrow,
+and such narrow intervals cover the truth less often than wide ones. Bootstrapping checkpoints and prompts together counts the
+chance in the images twice. That hides that three checkpoints show too little of their spread, but where they differ by 3
+points it covers only 85 %.
 
-Where a category has counted fewer than 30 images in all runs, or where the difference does not vary, that interval would say
-too much. Then the exact interval of stages/tools/metrics.py stands there, which holds for these models only.
+The column `interval` says what a row's interval holds for:
+
+    checkpoints  the recipe, as above; from three checkpoints on
+    seeds        this checkpoint, over its seeds and over prompts; from three seeds on
+    prompts      the models that these runs trained, over prompts. It says nothing of another training. It stands where there
+                 are fewer checkpoints or seeds, because two values cannot show a spread; where a category has counted fewer
+                 than 30 images in all runs (then it is the exact interval of stages/tools/metrics.py); and where the
+                 difference does not vary.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +50,7 @@ from stages.common.config import Config, load
 from stages.common.errors import UserError, run_stage
 from stages.common.files import whole_file, write_csv
 from stages.count_answers import by_metric, categories_of, counts_of, read_answers
+from stages.judge_report import external_judge
 from stages.tools import metrics
 from stages.tools.arms import nodes, replays, selection_owner
 from stages.tools.intervals import FEW, t_quantile
@@ -51,13 +60,16 @@ from stages.understanding.base import Answer
 Row = dict[str, Any]
 Groups = list[np.ndarray]
 COLUMNS = (
-    "benchmark", "arm", "category", "metric", "value", "delta", "delta_ci_low", "delta_ci_high", "n", "seeds", "models",
+    "benchmark", "arm", "category", "metric", "value", "delta", "delta_ci_low", "delta_ci_high", "interval", "n", "seeds",
+    "models",
 )  # fmt: skip
 RUN_COLUMNS = ("model", "seed", "benchmark", "arm", "category", "metric", "value", "n")
 CONTRAST_COLUMNS = (
-    "claim", "arm", "against", "benchmark", "metric", "category", "difference", "ci_low", "ci_high", "n", "seeds", "models",
+    "claim", "arm", "against", "benchmark", "metric", "category", "difference", "ci_low", "ci_high", "interval", "n", "seeds",
+    "models",
 )  # fmt: skip
-ROUNDS = 2000  # resamples where the interval is not the recipe's
+FEWEST = 3  # checkpoints, or seeds of one checkpoint, whose spread an interval may be computed from
+ROUNDS = 2000  # resamples where the interval is over prompts only
 MAY_DIFFER: Any = {"run": True, "seed": True, "model": {"checkpoint"}}
 
 # The claims: what is said, the arm, what it is compared with, and the metrics. What the runs lack is left out.
@@ -67,7 +79,7 @@ JUDGING = (
     "pair_auc", "pair_accuracy", "random_accuracy", "adversarial_accuracy", "caption_true",
 )  # fmt: skip
 DATA = ("trained_precision",)
-REPLAYED = ("recovered_prompts", "recovered_precision")
+REPLAYED = ("recovered_prompts", "joined_precision")
 CLAIMS: list[tuple[str, str, str, tuple[str, ...]]] = (
     [
         claim
@@ -95,7 +107,9 @@ CLAIMS: list[tuple[str, str, str, tuple[str, ...]]] = (
             ("2 candidates instead of 10", "sft-n2", "sft"),
             ("4 candidates instead of 10", "sft-n4", "sft"),
             ("the projector is trained too", "sft-projector", "sft"),
-            ("the vision tower is trained too", "sft-anchored-vision", "sft-anchored"),
+            ("the projector is trained too", "sft-anchored-projector", "sft-anchored"),
+            ("the vision tower is trained too", "sft-anchored-vision", "sft-anchored-projector"),
+            ("12 epochs instead of 6", "sft-long", "sft"),
             ("replay after epoch 1 instead of 3", "c-sft-early", "c-sft"),
             ("replay after epoch 5 instead of 3", "c-sft-late", "c-sft"),
             ("replay after epochs 2 and 4 instead of 3", "c-sft-twice", "c-sft"),
@@ -187,33 +201,36 @@ def by_prompt(metric: str, counts: metrics.Counts, groups: Groups) -> np.ndarray
     return values
 
 
-def units(runs: list[Run]) -> list[list[int]]:
-    """Return the places of the runs of each checkpoint; with a single checkpoint, each run by itself."""
+def units(runs: list[Run]) -> tuple[str, list[list[int]]]:
+    """Return what an interval is over, as the column `interval` names it, and the places of the runs of each unit."""
     models = list(dict.fromkeys(run.model for run in runs))
-    if len(models) == 1:
-        return [[place] for place in range(len(runs))]
-    return [[place for place, run in enumerate(runs) if run.model == model] for model in models]
+    if len(models) >= FEWEST:
+        return "checkpoints", [[place for place, run in enumerate(runs) if run.model == model] for model in models]
+    if len(models) == 1 and len(runs) >= FEWEST:
+        return "seeds", [[place] for place in range(len(runs))]
+    return "prompts", [list(range(len(runs)))]
 
 
-def contrast(
-    metric: str, one: metrics.Counts, other: metrics.Counts | None, groups: Groups, runs: list[Run], seed: int
-) -> metrics.Difference:
+def contrast(metric: str, one: metrics.Counts, other: metrics.Counts | None, groups: Groups, runs: list[Run], seed: int) -> Row:
     """Return the difference between two arms with its interval. other: None for the difference of a win rate from a draw."""
     value = metrics.share(metric, one, groups)
     reference = metrics.DRAW if other is None else metrics.share(metric, other, groups)
     if value is None or reference is None or (other is not None and np.array_equal(one, other)):
-        return metrics.difference(metrics.Estimate(value), metrics.Estimate(reference))
+        return dict(metrics.difference(metrics.Estimate(value), metrics.Estimate(reference)))
     mine, theirs = by_prompt(metric, one, groups), None if other is None else by_prompt(metric, other, groups)
     if mine is not None and (theirs is not None or other is None):
         change = mine if theirs is None else mine - theirs
-        means = np.stack([change[places].mean(0) for places in units(runs)])
+        over, places = units(runs)
+        means = np.stack([change[of_unit].mean(0) for of_unit in places])
         if half := half_width(means, metrics.groups_for(metric, groups)):
             delta = value - reference
-            return {"delta": delta, "delta_ci_low": delta - half, "delta_ci_high": delta + half}
+            return {"delta": delta, "delta_ci_low": delta - half, "delta_ci_high": delta + half, "interval": over}
     found = metrics.estimate(metric, one, groups, ROUNDS, seed)
     if other is None:
-        return metrics.against_draw(found)
-    return metrics.difference(found, metrics.estimate(metric, other, groups, ROUNDS, seed))
+        difference = metrics.against_draw(found)
+    else:
+        difference = metrics.difference(found, metrics.estimate(metric, other, groups, ROUNDS, seed))
+    return difference | {"interval": None if difference["delta_ci_low"] is None else "prompts"}
 
 
 # Benchmarks
@@ -329,8 +346,9 @@ def total(counts: metrics.Counts, groups: Groups) -> np.ndarray:
     return np.sum([counts[:, :, group].sum((1, 2)) for group in groups], axis=0)
 
 
-def as_contrast(change: metrics.Difference) -> Row:
-    return {"difference": change["delta"], "ci_low": change["delta_ci_low"], "ci_high": change["delta_ci_high"]}
+def as_contrast(change: Row) -> Row:
+    ends = {"ci_low": change["delta_ci_low"], "ci_high": change["delta_ci_high"], "interval": change.get("interval")}
+    return {"difference": change["delta"]} | ends
 
 
 # Training data
@@ -354,12 +372,12 @@ def data_shares(run: Path, config: Config, arm: str) -> dict[str, Share]:
     """Return shares about an arm's training data in one run.
 
     chosen_precision: of the rows of the first selection, those whose image is right. discarded_prompts: of all training
-    prompts, those that wait for a replay. recovered_prompts: of these, those that replay recovers. recovered_precision: of the
-    rows that join at replays, those whose image is right. trained_precision: the same for all rows. The judge of the first
-    benchmark says what is right; without one, there is no precision.
+    prompts, those that wait for a replay. recovered_prompts: of these, those that replay recovers. joined_precision: of the
+    rows that join at replays, those whose image is right. trained_precision: the same for all rows. The external judge of
+    the training candidates says what is right; without one, there is no precision.
     """
     owner, tree, replayed = selection_owner(config, arm), nodes(config), replays(config)
-    judge = next(iter(config.benchmarks.values())).judge if config.benchmarks else None
+    judge = external_judge(config, "train")
     judged = (config.counterpart(arm) if config.arm_pairs(arm).matched else None) or arm
     waits = manifests.read_rows(run / selection_owner(config, judged) / "discard.parquet", "discard")
     prompts = manifests.read_rows(run / "prompts/train.parquet", "prompts")
@@ -382,7 +400,7 @@ def data_shares(run: Path, config: Config, arm: str) -> dict[str, Share]:
         shares["chosen_precision"] = true_share(run, "base", judge, "train", selected)
         shares["trained_precision"] = added([shares["chosen_precision"], *precise])
     if precise:
-        shares["recovered_precision"] = added(precise)
+        shares["joined_precision"] = added(precise)
     return shares
 
 
@@ -393,7 +411,8 @@ def percent(share: Share) -> float | None:
 def data_rows(runs: list[Run], config: Config) -> tuple[list[Row], list[Row], list[Row]]:
     """Return the rows about training data of the three tables.
 
-    Training prompts differ between runs, so the interval of a contrast is that of the checkpoints' mean differences.
+    Training prompts differ between runs, so the interval of a contrast is that of the mean differences of checkpoints, or of
+    seeds. With fewer than three of these, there is none.
     """
     shares = {arm: [data_shares(run.folder, config, arm) for run in runs] for arm in config.arms}
     common: Row = {"benchmark": "train", "category": "overall"}
@@ -414,12 +433,13 @@ def data_rows(runs: list[Run], config: Config) -> tuple[list[Row], list[Row], li
             if any(value is None for side in sides for value in side):
                 continue
             change = np.subtract(*np.array(sides, dtype=float))
-            means = np.array([change[places].mean() for places in units(runs)])
+            over, places = units(runs)
+            means = np.array([change[of_unit].mean() for of_unit in places])
             row = size | {"claim": claim, "arm": arm, "against": against, "metric": name}
             row |= {"n": added(part[name] for part in shares[arm])[1], "difference": float(means.mean())}
-            if len(means) > 1 and means.std() > 0:
+            if len(means) >= FEWEST and means.std() > 0:
                 half = t_quantile(0.975, len(means) - 1) * float(means.std(ddof=1)) / len(means) ** 0.5
-                row |= {"ci_low": row["difference"] - half, "ci_high": row["difference"] + half}
+                row |= {"ci_low": row["difference"] - half, "ci_high": row["difference"] + half, "interval": over}
             contrasts.append(row)
     return together, each, contrasts
 
@@ -452,13 +472,15 @@ def plot(rows: list[Row], contrasts: list[Row], benchmarks: list[str], arms: lis
     for benchmark, line in zip(benchmarks, axes, strict=True):
         overall = [row for row in rows if row["benchmark"] == benchmark and row["category"] == "overall"]
         of_arm = {(row["arm"], row["metric"]): row for row in overall}
+        over = dict.fromkeys(row["interval"] for row in overall if row["metric"] in titles and row.get("interval"))
+        kinds = "95 % interval over " + " or ".join(over)
         for axis, (metric, title) in zip(line, titles.items(), strict=False):
             for place, arm in enumerate(arms):
                 row = of_arm.get((arm, metric), {})
                 draw_interval(axis, place, row.get("delta"), row.get("delta_ci_low"), row.get("delta_ci_high"))
             axis.set_title(f"{benchmark}: {title}", fontsize=10)
             axis.set_yticks(range(len(arms)), arms if metric == "gen" else [""] * len(arms))
-            axis.set_xlabel("points against base, 95 % interval", fontsize=8)
+            axis.set_xlabel(f"points against base, {kinds}", fontsize=8)
         known = [row for row in contrasts if row["benchmark"] == benchmark and row["category"] == "overall"]
         claims = {(row["claim"], row["arm"]): row for row in reversed(known) if row["against"] != "base"}  # its first metric
         shown = list(reversed(claims.values()))
@@ -467,7 +489,7 @@ def plot(rows: list[Row], contrasts: list[Row], benchmarks: list[str], arms: lis
         names = [f"{row['claim']}\n{row['arm']} against {row['against']}, {row['metric']}" for row in shown]
         line[3].set_yticks(range(len(shown)), names, fontsize=7)
         line[3].set_title(f"{benchmark}: claims", fontsize=10)
-        line[3].set_xlabel("points, 95 % interval", fontsize=8)
+        line[3].set_xlabel(f"points, {kinds}", fontsize=8)
     for axis in axes.flat:
         axis.axvline(0, color="#8e8e93", linewidth=1, zorder=0)
         axis.spines[["top", "right"]].set_visible(False)
@@ -476,26 +498,30 @@ def plot(rows: list[Row], contrasts: list[Row], benchmarks: list[str], arms: lis
         figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
 
 
-def interval_text(change: float | None, low: float | None, high: float | None) -> str:
+def interval_text(change: float | None, low: float | None, high: float | None, over: str | None) -> str:
     if change is None:
         return ""
-    return f"  {change:+6.2f}" + ("" if low is None or high is None else f" ({low:+.2f} to {high:+.2f})")
+    return f"  {change:+6.2f}" + ("" if low is None or high is None else f" ({low:+.2f} to {high:+.2f}, over {over})")
 
 
 def line(row: Row) -> str:
     """Return a row of the study as a line for the terminal."""
-    change = interval_text(row.get("delta"), row.get("delta_ci_low"), row.get("delta_ci_high"))
+    change = interval_text(row.get("delta"), row.get("delta_ci_low"), row.get("delta_ci_high"), row.get("interval"))
     return f"{row['benchmark']:<12} {row['arm']:<14} {row['metric']:<22} {row['value']:6.2f} n {row['n']}{change}"
 
 
 def claim_line(row: Row) -> str:
     """Return a contrast as a line for the terminal."""
-    change = interval_text(row["difference"], row.get("ci_low"), row.get("ci_high"))
+    change = interval_text(row["difference"], row.get("ci_low"), row.get("ci_high"), row.get("interval"))
     return f"{row['claim']}: {row['arm']} against {row['against']}, {row['benchmark']} {row['metric']} n {row['n']}{change}"
 
 
 def open_runs(folders: list[Path]) -> tuple[list[Run], Config]:
-    """Return the runs and the configuration that they share. Raises UserError if they differ in more than they may."""
+    """Return the runs and the configuration that they share.
+
+    Raises UserError if they differ in more than they may, if two of them share a seed, or if checkpoints have different numbers
+    of runs: the intervals would then be too narrow, or belong to another mean than the one shown.
+    """
     configs = [load(folder / "run_config.yaml") for folder in folders]
     shared = configs[0].model_dump(exclude=MAY_DIFFER)
     runs: list[Run] = []
@@ -505,11 +531,24 @@ def open_runs(folders: list[Path]) -> tuple[list[Run], Config]:
                 f"{folder}/run_config.yaml: differs from that of {folders[0]} in more than run, seed and model.checkpoint; "
                 "a study needs runs of one configuration"
             )
-        run = Run(folder, config.model.checkpoint, config.seed)
-        if twin := next((other for other in runs if (other.model, other.seed) == (run.model, run.seed)), None):
-            raise UserError(f"{folder}: has the model and the seed of {twin.folder}; leave one of them out")
+        run = Run(folder, root_checkpoint(config.model.checkpoint), config.seed)
+        if twin := next((other for other in runs if other.seed == run.seed), None):
+            raise UserError(
+                f"{folder}/run_config.yaml: has the seed of {twin.folder}, {run.seed}, so both train on the same prompts; "
+                "leave one of them out, or run it with another seed"
+            )
         runs.append(run)
+    counts = Counter(run.model for run in runs)
+    if len(set(counts.values())) > 1:
+        told = ", ".join(f"{model} has {count}" for model, count in counts.items())
+        raise UserError(f"--runs: checkpoints have different numbers of runs: {told}; give as many runs of each")
     return runs, configs[0]
+
+
+def root_checkpoint(checkpoint: str) -> str:
+    """Return the checkpoint that a run began from, where a former run trained this one (results/<run>/<arm>/checkpoint)."""
+    former = Path(checkpoint).parent.parent / "run_config.yaml"
+    return root_checkpoint(load(former).model.checkpoint) if former.is_file() else checkpoint
 
 
 def main() -> None:
