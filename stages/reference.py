@@ -11,21 +11,26 @@ that epoch.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from stages.common import manifests
-from stages.common.batches import planned
+from stages.common.batches import kept_batches, planned
 from stages.common.candidates import Candidates
 from stages.common.config import load
 from stages.common.errors import run_stage
+from stages.common.fingerprints import code
 from stages.common.registry import entry
 from stages.common.seeds import draw_seed
-from stages.families import checkpoint_hash, describe
+from stages.families import checkpoint_hash, describe, placed
 
 Row = dict[str, Any]
 Image = tuple[str, int]  # a candidate_id and the seed of its random draws; the seed is 0 where the likelihood is exact
-Found = dict[Image, float]
 
 
 def seed_of(row: Row, epoch: int, exact: bool, run_seed: int) -> int:
@@ -40,17 +45,10 @@ def needed(pairs: list[Row], epoch: int, exact: bool, run_seed: int) -> list[Ima
     )
 
 
-def log_likelihoods(family: Any, images: list[Image], candidates: Candidates, prompts: dict[str, Row], size: int) -> Found:
-    """Compute the log-probabilities of images under the reference model, `size` at a time."""
-    import numpy as np
-
-    found: Found = {}
-    for batch in planned(images, size):
-        names = [name for name, _ in batch]
-        texts = [prompts[identifier]["prompt"] for identifier in candidates.prompt_ids(names)]
-        seeds = np.array([seed for _, seed in batch], dtype=np.int64)
-        found |= dict(zip(batch, family.log_likelihood(texts, candidates.pictures(names), seeds).tolist(), strict=True))
-    return found
+def table_of(batch: Sequence[Image], values: Sequence[float]) -> pa.Table:
+    """Return the log-probabilities of a batch as a table."""
+    names, seeds = zip(*batch, strict=True)
+    return pa.table({"candidate_id": names, "seed": pa.array(seeds, pa.int64()), "value": pa.array(values, pa.float64())})
 
 
 def main() -> None:
@@ -68,26 +66,35 @@ def main() -> None:
     exact = describe(name).likelihood == "exact"
     checkpoint = arguments.checkpoint or Path(config.model.checkpoint)
     pairs = manifests.read_rows(arguments.pairs, "pairs")
+    prompts = {row["prompt_id"]: row["prompt"] for row in manifests.read_rows(arguments.prompts, "prompts")}
+    weights = checkpoint_hash(name, checkpoint, "train")
+    uses, parents = [entry("FAMILIES", name)], [arguments.prompts, arguments.pairs, *arguments.candidates]
     epochs = [1] if exact else range(1, 1 + arguments.epochs)
-    found: Found = {}
-    if pairs:
+    size = config.generate.batch_size
+    # Each epoch has batches of its own, so that more epochs change no value of an earlier one.
+    batches = [batch for epoch in epochs for batch in planned(needed(pairs, epoch, exact, config.seed), size)]
+    family: Any = None
+    if batches:
         from stages.families import open_family
 
         family = open_family(config.model, checkpoint, "train")
-        prompts = {row["prompt_id"]: row for row in manifests.read_rows(arguments.prompts, "prompts")}
-        wanted = {row[side] for row in pairs for side in ("chosen", "rejected") if row[side]}
-        candidates = Candidates(arguments.candidates, wanted, describe(name))
-        for epoch in epochs:  # each epoch in batches of its own, so that more epochs change no value of an earlier one
-            images = needed(pairs, epoch, exact, config.seed)
-            found |= log_likelihoods(family, images, candidates, prompts, config.generate.batch_size)
-    weights = checkpoint_hash(name, checkpoint, "train")
-    for row in pairs:
-        seeds = [seed_of(row, epoch, exact, config.seed) for epoch in epochs]
-        for side in ("chosen", "rejected"):
-            row[f"reference_{side}"] = [found[row[side], seed] for seed in seeds] if row[side] else None
-        row["reference_checkpoint"] = weights
-    parents = [arguments.prompts, arguments.pairs, *arguments.candidates]
-    manifests.write(arguments.out, "pairs", pairs, stage="stages.reference", parents=parents, uses=[entry("FAMILIES", name)])
+    candidates = Candidates(arguments.candidates, {image for batch in batches for image, _ in batch}, describe(name))
+
+    def work(batch: Sequence[Image]) -> tuple[Sequence[Image], list[float]]:
+        names, seeds = zip(*batch, strict=True)
+        texts = [prompts[identifier] for identifier in candidates.prompt_ids(names)]
+        return batch, family.log_likelihood(texts, candidates.pictures(names), np.array(seeds, dtype=np.int64)).tolist()
+
+    key = ("reference", code("stages.reference", mentioned=uses), weights, placed(config.model)[1], config.seed, list(epochs),
+           size, *map(manifests.content_hash, parents))  # fmt: skip
+    with kept_batches(arguments.out, key, batches, work=work, finish=lambda done: table_of(*done), label="reference") as files:
+        found = {(row["candidate_id"], row["seed"]): row["value"] for file in files for row in pq.read_table(file).to_pylist()}
+        for row in pairs:
+            seeds = [seed_of(row, epoch, exact, config.seed) for epoch in epochs]
+            for side in ("chosen", "rejected"):
+                row[f"reference_{side}"] = [found[row[side], seed] for seed in seeds] if row[side] else None
+            row["reference_checkpoint"] = weights
+        manifests.write(arguments.out, "pairs", pairs, stage="stages.reference", parents=parents, uses=uses)
     print(f"{len(found)} log-probabilities under the reference {weights}")
 
 

@@ -29,7 +29,7 @@ from stages.common.errors import UserError, run_stage
 from stages.common.files import aside, claim, sync, whole_file
 from stages.common.fingerprints import code, read_settings
 from stages.common.registry import entry
-from stages.families import checkpoint_hash, describe, open_family
+from stages.families import checkpoint_hash, describe, open_family, placed
 from stages.training.anchor import Judgement, anchor_loss, read_judgements
 from stages.training.launch import STOPPED, launched, local_rank, rank
 from stages.training.saves import discard, keyed, latest, require_layout, saves, step_of
@@ -41,7 +41,8 @@ Row = dict[str, Any]
 class Inputs:
     """Everything that a training reads, checked.
 
-    weights: the base model's hash. prompts: prompt text by prompt_id. modules: the fingerprint of the code.
+    weights: the base model's hash. precision: the dtype of the training. prompts: prompt text by prompt_id. pictures: a hash of
+    each picture by candidate_id. modules: the fingerprint of the code.
     """
 
     config: Config
@@ -49,8 +50,10 @@ class Inputs:
     settings: Train
     schedule: list[Row]
     weights: str
+    precision: str
     candidates: Candidates
     prompts: dict[str, str]
+    pictures: dict[str, str]
     judgements: list[Judgement]
     modules: list[str]
 
@@ -74,8 +77,19 @@ class Inputs:
     def identity(self) -> tuple[object, ...]:
         """Return everything that the saves depend on, besides the schedule."""
         judged = [(judgement.candidate["candidate_id"], judgement.target) for judgement in self.judgements]
-        common = (self.arm.objective, self.outcome(), self.config.seed, self.weights, self.modules)
+        common = (self.arm.objective, self.outcome(), self.config.seed, self.weights, self.precision, self.modules)
         return (*common, judged) if judged else common
+
+    def contents(self) -> list[Row]:
+        """Return the rows of the schedule, each with its prompt's text and the hashes of its pictures."""
+        return [
+            row
+            | {
+                "prompt": self.prompts[row["prompt_id"]],
+                "pictures": [self.pictures.get(row[s]) for s in ("chosen", "rejected")],
+            }
+            for row in self.schedule
+        ]
 
 
 def read_inputs(arguments: argparse.Namespace) -> Inputs:
@@ -101,17 +115,21 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
     anchored = settings.judge_anchor_weight > 0
     judgements = read_judgements(arguments.scores, arguments.candidates, settings, config.seed) if anchored else []
     modules = code("stages.train", mentioned=[entry("FAMILIES", family)])
-    return Inputs(config, arm, settings, schedule, weights, candidates, prompts, judgements, modules)
+    precision = placed(config.model)[1] if settings.precision == "auto" else settings.precision
+    pictures = candidates.digests(sorted(wanted))
+    return Inputs(config, arm, settings, schedule, weights, precision, candidates, prompts, pictures, judgements, modules)
 
 
-def open_trained_model(config: Config, settings: Train) -> Any:
+def open_trained_model(config: Config, precision: str) -> Any:
     """Load the base model on this process's device, in the precision of the training."""
     import torch
 
-    model = config.model.model_copy(update={} if settings.precision == "auto" else {"dtype": settings.precision})
-    if torch.cuda.is_available() and local_rank() is not None:
-        torch.cuda.set_device(local_rank())
-        model = model.model_copy(update={"device": f"cuda:{local_rank()}"})
+    device, _ = placed(config.model)
+    if device.startswith("cuda") and local_rank() is not None:
+        device = f"cuda:{local_rank()}"
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # the trainer takes the current device
+    model = config.model.model_copy(update={"dtype": precision, "device": device})
     return open_family(model, Path(config.model.checkpoint), "train")
 
 
@@ -193,19 +211,20 @@ def train(arguments: argparse.Namespace, inputs: Inputs, start: Path | None) -> 
     import torch
 
     from stages.training.rows import Material, make_rows
-    from stages.training.trainer import Job, Stop, StopSaveLog, join, leave, make_trainer, whole_model
+    from stages.training.trainer import Job, Stop, StopSaveLog, join, leave, make_trainer, require_equal_starts, whole_model
 
     stop = Stop()
     torch.use_deterministic_algorithms(True, warn_only=True)
     config, settings, steps = inputs.config, inputs.settings, inputs.steps
     description = describe(config.model.family)
-    family = open_trained_model(config, settings)
+    family = open_trained_model(config, inputs.precision)
     view = family.training_view()
     view.model.train()
     if settings.deepspeed:
         join(cpu=next(view.model.parameters()).device.type == "cpu")
+        require_equal_starts(start)
 
-    work = keyed(arguments.work, inputs.schedule, steps, inputs.identity())
+    work = keyed(arguments.work, inputs.contents(), steps, inputs.identity())
     if rank() == 0:
         discard(arguments.work, work, *([start.parent] if start else []))
     held = claim(work / "writer") if rank() == 0 else lambda: None
@@ -293,7 +312,7 @@ def main() -> None:
     arguments = parser.parse_args()
     inputs = read_inputs(arguments)
     works = [*([arguments.parent] if arguments.parent else []), arguments.work]
-    start = latest(works, inputs.schedule, inputs.identity())
+    start = latest(works, inputs.contents(), inputs.identity())
     if start:
         require_layout(start, inputs.settings)
     if inputs.settings.deepspeed:

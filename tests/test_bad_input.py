@@ -11,6 +11,7 @@ from contextlib import suppress
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.helpers import ROOT, TINY, environment, refused, snakemake, stage, write_config
 
@@ -45,6 +46,11 @@ CONFIGURATIONS = [
     ({"generate": {"sampling": {"guidance": 3}}}, ["generate.sampling.guidance", "janus", "guidance_scale, temperature"]),
     ({"generate": {"sampling": {"temperature": 0}}}, ["generate.sampling.temperature", "greater than 0"]),
     ({"generate": {"guidance_scale": 3}}, ["generate.guidance_scale", "moved", "generate.sampling.guidance_scale"]),
+    ({"seed": -1}, ["seed", "greater than or equal to 0"]),
+    (
+        {"arms": {"dpo": {"objective": "dpo", "train": {"precision": "bfloat16"}}}, "model": {"dtype": "float32"}},
+        ["arms.dpo.train.precision", "model.dtype (float32)", "auto"],
+    ),
     ({"model": {"family": "jannus"}}, ["model.family", "known families: janus"]),
     ({"model": {"checkpoint": "no/such/folder"}}, ["no/such/folder", "model.checkpoint"]),
 ]
@@ -176,6 +182,14 @@ def test_a_truncated_checkpoint(copy):
     path = other / "model.safetensors"
     path.write_bytes(path.read_bytes()[:100_000])
     not_scored(copy, str(other), "does not load", checkpoint=other)
+
+
+def test_a_checkpoint_without_some_weights(copy):
+    other = checkpoint(copy / "other")
+    weights = load_file(other / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    not_scored(copy, str(other), "does not load", "lack lm_head.weight", checkpoint=other)
 
 
 def test_an_unknown_arm(copy):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.stats import ks_2samp
+from transformers import TrainingArguments
 
+from stages import reference
 from stages.common import manifests, shards
 from stages.common.config import Train, load, validate
 from stages.families import checkpoint_hash
@@ -18,11 +21,13 @@ from stages.families.base import Pictures
 from stages.families.janus.family import Janus
 from stages.families.show_o.family import ShowO
 from stages.training.rows import Material
+from stages.training.trainer import one_gpu
 from tests.helpers import (
     SMALL,
     TINY,
     done,
     losses,
+    merged,
     outputs,
     prepare,
     process_of,
@@ -31,6 +36,7 @@ from tests.helpers import (
     trained,
     training,
     wait_until,
+    write_config,
 )
 from tests.tiny_show_o import tiny_show_o
 
@@ -55,6 +61,69 @@ def test_without_the_parents_saves_it_starts_over_and_ends_the_same(small_inputs
 def test_saves_of_other_settings_are_never_continued(small_inputs, tmp_path):
     trained(prepare(tmp_path, small_inputs, "sft", 1), tmp_path)
     assert "from the base model" in trained(prepare(tmp_path, small_inputs, "sft", 1, learning_rate=1e-5), tmp_path)
+
+
+def test_saves_of_other_pictures_with_the_same_ids_are_never_continued(small_inputs, tmp_path):
+    inputs = shutil.copytree(small_inputs, tmp_path / "inputs")
+    trained(prepare(tmp_path, inputs, "sft", 1), tmp_path)
+    assert "from checkpoint-" in trained(prepare(tmp_path, inputs, "sft", 1), tmp_path)
+    rows = manifests.read_rows(inputs / "candidates.parquet", "candidates")
+    for row in rows:
+        row["tokens"] = row["tokens"][::-1]
+    manifests.write(inputs / "candidates.parquet", "candidates", rows, stage="stages.generate")
+    assert "from the base model" in trained(prepare(tmp_path, inputs, "sft", 1), tmp_path)
+
+
+def test_groups_that_the_loss_does_not_reach_are_refused(small_inputs, tmp_path):
+    result = train(prepare(tmp_path, small_inputs, "sft", 1, trainable="vision"), tmp_path)
+    refused(result, "train.trainable vision", "judge_anchor_weight")
+
+
+def test_a_process_that_sees_several_gpus_trains_on_one(tmp_path):
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    arguments._n_gpu = 4
+    one_gpu(arguments)
+    assert arguments.n_gpu == 1
+
+
+def test_a_stopped_reference_continues_and_ends_the_same(small_inputs, tmp_path, monkeypatch):
+    prepare(tmp_path, small_inputs, "dpo", 1)
+    asked: list[str] = []
+
+    def stopping(after: int):
+        family = Janus.load(TINY)
+        log_likelihood = family.log_likelihood
+
+        def counted(prompts, pictures, seeds):
+            if len(asked) >= after:
+                raise KeyboardInterrupt
+            asked.append(prompts[0])
+            return log_likelihood(prompts, pictures, seeds)
+
+        family.log_likelihood = counted
+        return family
+
+    given = {"generate": {"batch_size": 2}}
+    config = write_config(tmp_path / "small", **merged(yaml.safe_load((tmp_path / "config.yaml").read_text()), given))
+
+    def run(name: str, after: int) -> bytes:
+        files = {"--config": config, "--prompts": small_inputs / "prompts.parquet", "--pairs": tmp_path / "pairs.parquet"}
+        files |= {"--candidates": small_inputs / "candidates.parquet", "--out": tmp_path / name}
+        monkeypatch.setattr("stages.families.open_family", lambda *_: stopping(after))
+        monkeypatch.setattr("sys.argv", ["reference", *(str(part) for pair in files.items() for part in pair)])
+        reference.main()
+        return (tmp_path / name).read_bytes()
+
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped.parquet", 3)
+    assert not (tmp_path / "stopped.parquet").exists()
+    before, asked[:] = len(asked), []
+    continued = run("stopped.parquet", 1000)
+    rest, asked[:] = len(asked), []
+    assert continued == run("whole.parquet", 1000)
+    assert before == 3
+    assert len(asked) - before <= rest < len(asked), "at most the batch that was being written is computed again"
+    assert not list(tmp_path.glob(".*.partial"))
 
 
 LLM = ("model.language_model.layers.", "model.language_model.norm.")

@@ -11,9 +11,10 @@ import yaml
 
 from stages.common import manifests
 from stages.common.errors import UserError
+from stages.families.tools.verdicts import single_tokens
 from stages.judges import judge_kind
 from stages.judges.base import Item
-from stages.judges.vlm import NO, YES, VlmJudge, by_grid, files, open_vlm, single_tokens
+from stages.judges.vlm import NO, YES, VlmJudge, by_grid, files, open_vlm
 from tests.helpers import ROOT, done, process_of, refused, stage, wait_until
 from tests.test_judges import write_images
 from tests.tiny_vlm import write_tiny_llava, write_tiny_vlm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -52,11 +53,16 @@ def kept_batches(
     files = [folder / f"{number:06d}.parquet" for number in range(len(batches))]
     helper = helping()
     held = claim(folder / "writer") if helper is None else lambda: None
+    listed = folder / "missing.json"  # all processes share what was missing when the first of them looked
     if helper is None:
-        process, processes = 0, max(1, min(workers, sum(not file.exists() for file in files)))
+        missing = [number for number, file in enumerate(files) if not file.exists()]
+        process, processes = 0, max(1, min(workers, len(missing)))
+        with whole_file(listed) as temporary:
+            temporary.write_text(json.dumps(missing))
     else:
         process, processes = helper
-    missing = [number for number in range(process, len(files), processes) if not files[number].exists()]
+        missing = json.loads(listed.read_text())
+    mine = missing[process::processes]
 
     def save(number: int, result: Any) -> None:
         table = finish(result)
@@ -64,7 +70,7 @@ def kept_batches(
             pq.write_table(table, temporary)
 
     with helpers(processes if helper is None else 1):
-        pipeline([(number, batches[number]) for number in missing], prepare, work, save, held, label)
+        pipeline([(number, batches[number]) for number in mine], prepare, work, save, held, label)
     if helper is not None:
         sys.exit(0)  # the process that started this one writes the output
     held()

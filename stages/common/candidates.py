@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,6 +100,19 @@ class Candidates:
         if column == "tokens":
             return Pictures(tokens=np.stack(arrays).astype(np.int64))
         return Pictures(latents=np.stack(arrays).astype(np.float32))
+
+    def digests(self, names: Sequence[str]) -> dict[str, str]:
+        """Return a hash of each candidate's picture, in the form that the family trains on, by candidate_id.
+
+        A candidate_id does not contain the picture: the same id, drawn again in another precision or by other code, can be
+        another one.
+        """
+        found = {}
+        for name in names:
+            picture = self.pictures([name])
+            parts = [part for part in (picture.images, picture.tokens, picture.latents) if part is not None]
+            found[name] = hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:16]
+        return found
 
     def _cell(self, name: str, column: str) -> Any:
         number, row = self.place[name]

@@ -147,7 +147,9 @@ class Train(Section):
     micro_batch_size: Positive = Field(default=32, description="Rows in one forward pass of one process.")
     beta: Annotated[float, Field(gt=0)] = Field(default=0.1, description="For DPO: the beta of the preference loss.")
     dpo_loss: Literal["sigmoid", "hinge", "ipo"] = Field(
-        default="sigmoid", description="For DPO: the preference loss. sigmoid is the paper's."
+        default="sigmoid",
+        description="For DPO: the preference loss. sigmoid is the paper's. ipo compares means over an image's tokens, so it "
+        "needs a family with an exact likelihood, such as janus.",
     )
     nll_weight: Annotated[float, Field(ge=0)] = Field(
         default=1.0, description="For DPO: the weight of the chosen image's own loss beside the preference loss."
@@ -422,7 +424,7 @@ class Config(Section):
     """The configuration of one run."""
 
     run: Name = Field(default="tiny-janus", description="The run's name. Its results are in results/<run>/.")
-    seed: int = Field(default=0, description="The seed of everything random in the run.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="The seed of everything random in the run, from 0 to 2^32 - 1.")
     model: Model = Field(default=Model(), description="The model that draws, judges and is trained.")
     prompts: Prompts = Field(default=open_suite("shapes").settings(source="shapes"), description="The training prompts.")
     benchmarks: dict[Name, Benchmark] = Field(
@@ -565,7 +567,7 @@ class Config(Section):
 
     def _arm_problems(self) -> list[str]:
         problems = []
-        groups = describe(self.model.family).groups
+        family = describe(self.model.family)
         if "base" in self.arms:
             problems.append("arms: `base` is the name of the untrained model; rename that arm")
         for section, names in (("arms", self.arms), ("baselines", self.baselines)):
@@ -590,14 +592,25 @@ class Config(Section):
                     raise ValueError(
                         "image_weight and judge_anchor_weight are both 0, so nothing is trained; raise one of them"
                     )
-                if unknown := [group for group in settings.trainable.split("+") if group not in groups]:
-                    known = ", ".join(groups)
+                if settings.dpo_loss == "ipo" and family.likelihood != "exact":
+                    raise ValueError(
+                        f"dpo_loss: ipo compares means over tokens, and {self.model.family} estimates the likelihood of whole "
+                        "images; choose sigmoid or hinge"
+                    )
+                if unknown := [group for group in settings.trainable.split("+") if group not in family.groups]:
+                    known = ", ".join(family.groups)
                     raise ValueError(f"trainable: {self.model.family} has no parameter group {unknown[0]!r}, but {known}")
             except ValidationError as failure:
                 problems += [_line(key, error, Train.model_fields) for error in failure.errors()]
             except ValueError as error:
                 problems.append(f"{key}: {error}")
         for name, arm in self.arms.items():
+            precision = trains[f"arms.{name}.train"]["precision"]
+            if arm.objective == "dpo" and precision not in ("auto", self.model.dtype):
+                problems.append(
+                    f"arms.{name}.train.precision: {precision}, but the reference log-probabilities of DPO are computed in "
+                    f"model.dtype ({self.model.dtype}); set both to the same type, or leave precision at auto"
+                )
             try:
                 Pairs.model_validate(self.pairs.model_dump() | arm.pairs)
             except ValidationError as failure:

@@ -70,7 +70,7 @@ class Score(Section):
         description="The model's verdict is yes when p_yes is at least this. It decides the metrics of the understanding "
         "branch; which candidates become training data is decided by pairs.accept_threshold.",
     )
-    batch_size: Positive = Field(default=64, description="Images that are judged together. It changes no result.")
+    batch_size: Positive = Field(default=64, description="Images that are judged together. In float32 it changes no result.")
 
     @field_validator("question")
     @classmethod

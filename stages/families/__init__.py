@@ -41,21 +41,21 @@ def workers(model: Model) -> int:
     return max(1, torch.cuda.device_count()) if model.device in ("auto", "cuda") else 1
 
 
-def open_family(model: Model, checkpoint: Path | None, role: Role) -> Family:
-    """Load the configured model, or another checkpoint of its family, for one role.
+def placed(model: Model) -> tuple[str, str]:
+    """Return the device and the dtype of a model, with `auto` resolved: a GPU where there is one, and bfloat16 on a GPU and
+    float32 on a CPU."""
+    device = model.device
+    if device == "auto":
+        import torch
 
-    `model.device` auto takes a GPU where there is one. `model.dtype` auto is bfloat16 on a GPU and float32 on a CPU. torch is
-    imported here and not before.
-    """
-    import torch
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return device, model.dtype if model.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
+
+
+def open_family(model: Model, checkpoint: Path | None, role: Role) -> Family:
+    """Load the configured model, or another checkpoint of its family, for one role. torch is imported here and not before."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of loading weights; stages have their own
-    device = model.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = model.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
     loader: Any = resolve(describe(model.family).loader)
-    return loader.load(checkpoint or Path(model.checkpoint), device, dtype, role)
+    return loader.load(checkpoint or Path(model.checkpoint), *placed(model), role)

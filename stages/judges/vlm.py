@@ -20,6 +20,7 @@ from stages.common.errors import UserError
 from stages.common.settings import Model, Positive
 from stages.families import workers
 from stages.families.tools.checkpoints import read_config, require_safetensors
+from stages.families.tools.verdicts import single_tokens
 from stages.judges.asking import AskedJudge, graded, read
 from stages.judges.base import Item, Judge, JudgeKind, Verdict
 
@@ -106,7 +107,7 @@ def open_vlm(settings: VlmJudge) -> Judge:
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
     )
-    yes, no = (single_tokens(tokenizer, spellings).to(device) for spellings in (YES, NO))
+    yes, no = (torch.tensor(single_tokens(tokenizer, spellings), device=device) for spellings in (YES, NO))
     if settings.mode == "p_yes" and not (len(yes) and len(no)):
         raise UserError(f"{folder}: its tokenizer has no single token for yes or for no; set mode of this judge to answer")
     prepare = by_grid(settings, tokenizer, pixels, model.config) if hasattr(pixels, "merge_size") else by_processor(settings)
@@ -133,16 +134,6 @@ def open_vlm(settings: VlmJudge) -> Judge:
         return verdicts
 
     return judge
-
-
-def single_tokens(tokenizer: Any, spellings: tuple[str, ...]) -> torch.Tensor:
-    """Return the ids of the spellings that are a single token, int64 `[n]`, each once."""
-    import torch
-
-    rows = [tokenizer.encode(text, add_special_tokens=False) for text in spellings]
-    return torch.tensor(
-        sorted({row[0] for row in rows if len(row) == 1 and row[0] != tokenizer.unk_token_id}), dtype=torch.long
-    )
 
 
 def turns(question: str, **image: Any) -> list[dict[str, Any]]:

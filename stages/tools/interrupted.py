@@ -31,7 +31,8 @@ def write_owner(folder: Path) -> None:
     """Record that this process runs the workflow in the folder."""
     path = folder / ".snakemake" / "selfgap-owner.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
 
 
 def owner_is_dead(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The schedule as a data set. Rows look their candidates up when they are needed, so memory does not grow with epochs."""
+"""The schedule as a data set. Rows look their candidates up when they are needed, so no picture is held once for each epoch."""
 
 from __future__ import annotations
 

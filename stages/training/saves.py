@@ -1,7 +1,7 @@
 """The saves of a training, and which of them a training may continue. This module needs neither torch nor transformers.
 
 Saves are in work/<steps>-<key>/checkpoint-<step>/. The key is a hash of everything that the weights depend on: code, settings,
-seed, base model, and the schedule's first <steps> steps.
+precision, seed, base model, and the schedule's first <steps> steps with the prompts and pictures of their rows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ def saves(folder: Path) -> list[Path]:
 
 
 def keyed(work: Path, schedule: list[Row], steps: int, identity: tuple[object, ...]) -> Path:
-    """Return the folder in `work` for a training over the first `steps` steps of the schedule."""
+    """Return the folder in `work` for a training over the first `steps` steps of the schedule.
+
+    schedule: rows of the schedule manifest, with everything that training reads of what they refer to.
+    """
     rows = [tuple(row.values()) for row in schedule if row["step"] < steps]
     return work / f"{steps}-{hash_seed(*identity, rows):016x}"
 

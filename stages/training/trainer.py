@@ -100,6 +100,15 @@ def join(cpu: bool) -> None:
     deepspeed.init_distributed(dist_backend="gloo" if cpu else "nccl", verbose=False)
 
 
+def require_equal_starts(start: Path | None) -> None:
+    """Raise UserError unless all processes continue from the same save: a node may see the others' files late."""
+    found: list[Path | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, start)
+    if len(set(found)) > 1:
+        seen = ", ".join(str(save or "no save") for save in found)
+        raise UserError(f"the processes see different saves ({seen}), as files spread late between nodes; run it again")
+
+
 def leave() -> None:
     """Leave the group of processes, if there is one."""
     if torch.distributed.is_initialized():
@@ -392,6 +401,11 @@ def trainer_arguments(job: Job, cpu: bool, bf16: bool) -> dict[str, Any]:
     }
 
 
+def one_gpu(arguments: TrainingArguments) -> None:
+    """Let a process train on one GPU, even if it sees several: transformers would otherwise divide each batch among them."""
+    arguments._n_gpu = min(1, arguments.n_gpu)
+
+
 def token_trainer(job: Job, shared: dict[str, Any], adapters: Any) -> Any:
     """Return TRL's trainer for a family with `TokenRows`."""
     settings = job.settings
@@ -408,6 +422,7 @@ def token_trainer(job: Job, shared: dict[str, Any], adapters: Any) -> Any:
     else:
         kind, arguments = TokenSFT, SFTConfig(**shared, dataset_kwargs={"skip_prepare_dataset": True})
     assert job.view.token_rows is not None
+    one_gpu(arguments)
     return kind(
         model=job.view.model,
         args=arguments,
@@ -425,9 +440,11 @@ def row_loss_trainer(job: Job, shared: dict[str, Any], adapters: Any) -> Any:
         from peft import get_peft_model
 
         model = get_peft_model(model, adapters)  # type: ignore[arg-type]
+    arguments = TrainingArguments(**shared)
+    one_gpu(arguments)
     trainer = RowLossTrainer(
         model=model,
-        args=TrainingArguments(**shared),
+        args=arguments,
         train_dataset=job.rows,
         data_collator=job.rows.collate,
         callbacks=[job.callback],
@@ -457,6 +474,11 @@ def make_trainer(job: Job) -> Any:
         for weight in job.view.model.parameters():
             if weight.requires_grad and adapters is None:
                 weight.data = weight.data.float()
+    if not any(weight.requires_grad for weight in job.view.model.parameters()):
+        raise UserError(
+            f"train.trainable {job.settings.trainable}: no weight of these groups takes part in the loss of images; add llm, "
+            "or raise train.judge_anchor_weight, which trains what the judge looks with"
+        )
     trainer = (token_trainer if job.view.token_rows else row_loss_trainer)(job, shared, adapters)
     trainer.remove_callback(PrinterCallback)
     trainer.settings, trainer.anchor = job.settings, job.anchor

@@ -42,8 +42,9 @@ def understanding_questions(wildcards):
     return understanding_kind(chosen.kind).size(chosen)
 
 
-def selected_images(wildcards):
-    return prompt_count("train") * settings.generate.candidates
+def reference_images(wildcards):
+    """Return a bound on the log-probabilities of the reference: two for each prompt and epoch, or one for each candidate."""
+    return prompt_count("train") * max(2 * reference_epochs(wildcards), settings.generate.candidates)
 
 
 def training_nodes(wildcards):
@@ -52,6 +53,12 @@ def training_nodes(wildcards):
 
 def training_processes(wildcards):
     return settings.arm_train(NODES[wildcards.node].arm).gpus * training_nodes(wildcards)
+
+
+def gpus_of_each_node(wildcards):
+    """Return what a training on several nodes asks of each of them; empty for one node."""
+    gpus = settings.arm_train(NODES[wildcards.node].arm).gpus
+    return f"gpu:{gpus}" if GPUS and training_nodes(wildcards) > 1 else ""
 
 
 def trained_images(wildcards):

@@ -4,7 +4,8 @@ A node continues its parent bit-exactly from the trainer's saves in work/. The s
 finds them, and deleting the folder costs only time. A training that receives a stop signal saves and ends. The shell and tee
 around it ignore the signal, so that they outlive it.
 
-SLURM's plugin cannot start a step with GPUs on several nodes. The resource `mpi` makes it start the job in the batch step, and
+SLURM's plugin asks for the GPUs of all nodes together, and SLURM could then divide them unevenly; `gres` says how many each node
+has. The plugin cannot start a step with GPUs on several nodes. The resource `mpi` makes it start the job in the batch step, and
 from there the stage starts its processes on every node (stages/training/launch.py).
 """
 
@@ -29,7 +30,7 @@ rule reference:
     resources:
         gpu=min(GPUS, 1),
         mem_mb=megabytes(2),
-        runtime=minutes_for("judge", selected_images),
+        runtime=minutes_for("judge", reference_images),
     params:
         code=code("stages.reference", mentioned=USES),
         config=CONFIG,
@@ -106,6 +107,7 @@ rule train:
     threads: 1
     resources:
         gpu=lambda wildcards: training_processes(wildcards) if GPUS else 0,
+        gres=gpus_of_each_node,
         nodes=training_nodes,
         tasks=training_nodes,
         tasks_per_gpu=0,

@@ -24,6 +24,7 @@ from stages.families.janus.decode import cache_bytes, decode, head_dim
 from stages.families.janus.training import JanusOverImages, looked_at
 from stages.families.tools.linears import packed_linears
 from stages.families.tools.memory import Memory
+from stages.families.tools.verdicts import NO, YES, single_tokens
 
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
 CHAT_TEMPLATE = (  # for use with plain transformers; this module formats turns itself
@@ -35,8 +36,6 @@ CHAT_TEMPLATE = (  # for use with plain transformers; this module formats turns 
 PAD = "<\uff5c\u2581pad\u2581\uff5c>"  # upstream's token, with fullwidth bars and lower one eighth blocks
 # How many pixels are decoded at once. The VQ decoder holds hundreds of numbers per pixel: gigabytes for seven 384 px images.
 DECODED_PIXELS_CPU, DECODED_PIXELS = 1 << 16, 1 << 20
-YES = ("1", " 1", "yes", " yes", "Yes", " Yes", "YES", " YES")
-NO = ("0", " 0", "no", " no", "No", " No", "NO", " NO")
 
 
 class Janus:
@@ -62,16 +61,17 @@ class Janus:
         model.generation_config.generation_kwargs = {"boi_token_id": self.begin}
         self.image_length = model.model.vqmodel.config.num_patches**2
         self.memory = Memory(self.device, sum(parameter.nbytes for parameter in model.parameters()))
-        self.yes = self._single_tokens(YES)
-        self.no = self._single_tokens(NO)
+        self.yes, self.no = (torch.tensor(single_tokens(self.tokenizer, words), device=self.device) for words in (YES, NO))
 
     @classmethod
     def load(cls, checkpoint: Path, device: str = "cpu", dtype: str = "float32", role: Role = "draw") -> Janus:
         JANUS.files(checkpoint, role)  # raises UserError on a folder of another family
         try:
-            model = JanusForConditionalGeneration.from_pretrained(
-                checkpoint, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
+            model, found = JanusForConditionalGeneration.from_pretrained(
+                checkpoint, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True, output_loading_info=True
             )
+            if missing := sorted(found["missing_keys"]):
+                raise ValueError(f"its weights lack {missing[0]}")
             processor = JanusProcessor.from_pretrained(checkpoint, local_files_only=True)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{checkpoint}: the checkpoint does not load ({error}); download or convert it again") from None
@@ -87,11 +87,6 @@ class Janus:
         if identifier is None or identifier == self.tokenizer.unk_token_id:
             raise UserError(f"the checkpoint's tokenizer has no token {token!r}; it is not a Janus tokenizer")
         return identifier
-
-    def _single_tokens(self, spellings: tuple[str, ...]) -> torch.Tensor:
-        rows = [self.tokenizer.encode(text, add_special_tokens=False) for text in spellings]
-        found = {row[0] for row in rows if len(row) == 1 and row[0] != self.tokenizer.unk_token_id}
-        return torch.tensor(sorted(found), device=self.device)
 
     # --- drawing ---------------------------------------------------------------------------------------------------
 
