@@ -48,19 +48,14 @@ rule all:
 rule audit:
     """Audit models side by side before any training, and say whether to train: those of the section audit, or the base model."""
     input:
-        audit_files() if BENCHMARKS else [],
+        lambda wildcards: audit_files(),
     localrule: True
 
 
 rule precision:
     """Collect the external judge's verdicts on the training images, which measure the selection's precision only."""
     input:
-        [
-            path
-            for judge in [settings.benchmarks[name].judge for name in JUDGED[:1]]
-            for node, images in [("base", "train"), *((replay, "replay") for replay in drawn_replays())]
-            for path in shard_files(node, f"verdicts/{judge}", images)
-        ],
+        lambda wildcards: precision_files(),
     localrule: True
 
 

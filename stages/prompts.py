@@ -76,14 +76,14 @@ def collect(chosen: PromptSource, seed: int) -> tuple[list[dict[str, Any]], Coun
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--config", type=Path, nargs="+", required=True, help="one file, or several laid over each other")
     parser.add_argument("--set", required=True, help="train, or the name of a benchmark")
     parser.add_argument("--out", type=Path, required=True, help="prompt manifest (Parquet)")
     arguments = parser.parse_args()
-    config = load(arguments.config)
+    config = load(*arguments.config)
     if arguments.set != TRAIN and arguments.set not in config.benchmarks:
-        names = ", ".join([TRAIN, *config.benchmarks])
-        raise UserError(f"--set {arguments.set}: {arguments.config} has no such set of prompts; its sets are {names}")
+        names, files = ", ".join([TRAIN, *config.benchmarks]), " ".join(map(str, arguments.config))
+        raise UserError(f"--set {arguments.set}: {files} has no such set of prompts; its sets are {names}")
     training = arguments.set == TRAIN
     chosen: PromptSource = config.prompts if training else config.benchmarks[arguments.set].prompts
     # A benchmark's prompts are the same for every seed, so that runs with different seeds are compared on the same prompts.

@@ -51,6 +51,12 @@ CONFIGURATIONS = [
         {"arms": {"dpo": {"objective": "dpo", "train": {"precision": "bfloat16"}}}, "model": {"dtype": "float32"}},
         ["arms.dpo.train.precision", "model.dtype (float32)", "auto"],
     ),
+    ({"prompts": {"source": "txt"}}, ["prompts.source", "did you mean 'text'"]),
+    ({"benchmarks": None}, ["benchmarks", "must be a mapping", "null"]),
+    ({"benchmarks": {"geneval": {"prompts": {"source": "shapes"}, "imags": 1}}}, ["benchmarks.geneval.imags", "unknown key"]),
+    ({"judges": {"table": {"kind": "table", "fils": []}}}, ["judges.table.fils", "did you mean 'files'"]),
+    ({"judges": {"people": {"files": []}}}, ["judges.people.kind", "missing"]),
+    ({"model": {"device": "gpu"}}, ["model.device", "cuda"]),
     ({"model": {"family": "jannus"}}, ["model.family", "known families: janus"]),
     ({"model": {"checkpoint": "no/such/folder"}}, ["no/such/folder", "model.checkpoint"]),
 ]

@@ -31,6 +31,18 @@ def test_conda_environments_are_in_step_with_the_pins(path):
         assert pins()[name] == version
 
 
+def test_the_profile_sends_every_rule_that_asks_for_a_gpu_to_its_partition():
+    rules = (path.read_text() for path in (ROOT / "workflow/rules").glob("*.smk"))
+    named = set()
+    for text in rules:
+        for part in re.split(r"^ *(?=rule \w+:|use rule )", text, flags=re.MULTILINE):
+            if re.search(r"^ +gpu=", part, re.MULTILINE):
+                named.add(re.match(r"(?:use rule \w+ as|rule) (\w+)", part)[1])
+    resources = yaml.safe_load((ROOT / "slurm/profile.v9+.yaml").read_text())["set-resources"]
+    assert {"train", "understand"} < named
+    assert {rule for rule, asked in resources.items() if asked["slurm_partition"] == "gpu"} == named
+
+
 def test_torch_is_pinned():
     assert pins()["torch"] == "2.13.0"
 

@@ -85,7 +85,7 @@ class Pairs(Section):
         "oracle uses those of pairs.oracle; both are controls.",
     )
     oracle: str | None = Field(
-        default=None, description="With filter oracle: the judge whose verdicts select, as in benchmarks.<name>.judge."
+        default=None, description="With filter oracle: the judge whose verdicts select, as in `benchmarks.<name>.judge`."
     )
     accept_threshold: Share = Field(default=0.7, description="A candidate is accepted when its p_yes is at least this.")
     reject_threshold: Share = Field(
@@ -394,7 +394,7 @@ class Audit(Section):
         "one image cannot show it. With more images it is measured. The tiny model's is 0.15.",
     )
     least_gap: Annotated[float, Field(ge=0, le=100)] = Field(
-        default=5.0, description="Below this Non., in percent, the gap is too small to be worth a training."
+        default=5.0, description="Below this Non., in percent, the gap is too small to be worth training for."
     )
     least_auc: Share = Field(
         default=0.7,
@@ -423,7 +423,7 @@ class Audit(Section):
 class Config(Section):
     """The configuration of one run."""
 
-    run: Name = Field(default="tiny-janus", description="The run's name. Its results are in results/<run>/.")
+    run: Name = Field(default="tiny-janus", description="The run's name. Its results are in `results/<run>/`.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="The seed of everything random in the run, from 0 to 2^32 - 1.")
     model: Model = Field(default=Model(), description="The model that draws, judges and is trained.")
     prompts: Prompts = Field(default=open_suite("shapes").settings(source="shapes"), description="The training prompts.")
@@ -771,9 +771,20 @@ def _line(section: str, error: Any, known: Iterable[str]) -> str:
     location = error["loc"]
     key = ".".join(part for part in (section, *map(str, location)) if part)
     message = str(error["msg"]).removeprefix("Value error, ")
+    context = error.get("ctx", {})
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(location[-1]), list(known), n=1)
-        return f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "; remove it")
+        remedy = f"did you mean {near[0]!r}?" if near else "remove it, or set it to null if it comes from a preset"
+        return f"{key}: unknown key; {remedy}"
+    if error["type"] == "union_tag_invalid":
+        named, tags = context["discriminator"].strip("'"), context["expected_tags"].replace("'", "").split(", ")
+        near = difflib.get_close_matches(context["tag"], tags, n=1)
+        asked = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{key}.{named}: unknown {named} {context['tag']!r}{asked} (known: {', '.join(tags)})"
+    if error["type"] == "union_tag_not_found":
+        return f"{key}.{context['discriminator'].strip(chr(39))}: missing; docs/configuration.md lists what it can be"
+    if error["type"] in ("dict_type", "model_type", "model_attributes_type"):
+        message = "must be a mapping of keys; to leave out what a preset has, set each of its keys to null"
     if not location:
         return f"{key}: {message}" if key else message
     return f"{key}: {message} (got {error['input']!r:.80})"
@@ -790,10 +801,21 @@ def validate(fields: dict[str, Any], name: str = "config.yaml") -> Config:
         lines: list[str] = []
         tags = {*SUITES, *JUDGES, *UNDERSTANDING}  # pydantic puts the alternative that it has chosen into the location
         for error in failure.errors():
-            *path, last = error["loc"] or ("",)
-            location = (*(part for part in path if part not in tags), *([last] if last else []))
-            lines += _line("", {**error, "loc": location}, _known_keys(path)).split("\n")
+            location = _written(error["loc"], fields, tags)
+            lines += _line("", {**error, "loc": location}, _known_keys(error["loc"][:-1])).split("\n")
         raise UserError("\n".join(f"{name}: {line}" for line in lines)) from None
+
+
+def _written(location: Sequence[int | str], fields: Any, tags: set[str]) -> list[int | str]:
+    """Return a location as it is written in the configuration, without the tags that pydantic puts into it."""
+    found: list[int | str] = []
+    for place, part in enumerate(location):
+        known = isinstance(fields, dict) and part in fields
+        if part in tags and not known and place < len(location) - 1:
+            continue
+        found.append(part)
+        fields = fields[part] if known or (isinstance(fields, list) and isinstance(part, int)) else None
+    return found
 
 
 def _has(fields: Any, keys: list[str]) -> bool:

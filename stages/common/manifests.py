@@ -365,6 +365,9 @@ def write(
             writer.write_table(table)
 
 
+AGAIN = "if a stage wrote it, delete it and run again; otherwise restore it"
+
+
 def read(path: Path, kind: str) -> pa.Table:
     """Read a manifest of that kind. Raises UserError on a missing or broken file and on a missing or mistyped column."""
     try:
@@ -372,20 +375,19 @@ def read(path: Path, kind: str) -> pa.Table:
     except FileNotFoundError:
         raise UserError(f"{path}: no such {kind} manifest; run the stage that writes it, or check the path") from None
     except (pa.ArrowException, OSError) as error:
-        message = f"{path}: not a readable Parquet file ({error}); delete it and run again"
+        message = f"{path}: not a readable Parquet file ({error}); {AGAIN}"
         raise UserError(message.replace("\n", " ")) from None
     for name, column in SCHEMAS[kind].items():
         if name not in table.column_names:
-            raise UserError(f"{path}: column {name!r} of a {kind} manifest is missing; delete the file and run again")
+            raise UserError(f"{path}: column {name!r} of a {kind} manifest is missing; {AGAIN}")
         try:
             values = table[name].cast(column.type)
         except pa.ArrowException:
             raise UserError(
-                f"{path}: column {name!r} is {table.schema.field(name).type}, a {kind} manifest has {column.type}; "
-                "delete the file and run again"
+                f"{path}: column {name!r} is {table.schema.field(name).type}, a {kind} manifest has {column.type}; {AGAIN}"
             ) from None
         if not column.empty and values.null_count:
-            raise UserError(f"{path}: column {name!r} has empty values; delete the file and run again")
+            raise UserError(f"{path}: column {name!r} has empty values; {AGAIN}")
     return table.select(list(SCHEMAS[kind])).cast(schema(kind))
 
 

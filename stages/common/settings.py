@@ -31,7 +31,10 @@ class Model(Section):
         description="The checkpoint's folder, on a file system that every machine of the run sees. Only safetensors are read.",
     )
     device: str = Field(
-        default="auto", description="auto, cpu, cuda, or one device such as cuda:0. auto takes a GPU where there is one."
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="auto, cpu, cuda, or one device such as cuda:0. auto takes a GPU where there is one, and the CPU "
+        "elsewhere; cuda ends with an error where there is none.",
     )
     workers: Positive | None = Field(
         default=None,

@@ -5,9 +5,11 @@ To add a family, write its package and add a line here: see docs/extending.md.
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.common.errors import UserError
 from stages.common.registry import resolve
 
 if TYPE_CHECKING:
@@ -43,12 +45,18 @@ def workers(model: Model) -> int:
 
 def placed(model: Model) -> tuple[str, str]:
     """Return the device and the dtype of a model, with `auto` resolved: a GPU where there is one, and bfloat16 on a GPU and
-    float32 on a CPU."""
+    float32 on a CPU. Raises UserError when a GPU is asked for and there is none."""
     device = model.device
-    if device == "auto":
+    if device != "cpu":
         import torch
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        elif not torch.cuda.is_available():
+            raise UserError(
+                f"model.device: {device}, but torch sees no GPU on {socket.gethostname()}; check the driver and torch's build, "
+                "or set it to cpu"
+            )
     return device, model.dtype if model.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
 
 

@@ -49,7 +49,7 @@ class EndpointJudge(AskedJudge):
     endpoint: str = Field(
         description="The address up to the version, such as https://api.openai.com/v1 or http://node7:8000/v1."
     )
-    model: str = Field(description="The model's name on that server, one of those that <endpoint>/models lists.")
+    model: str = Field(description="The model's name on that server, one of those that `<endpoint>/models` lists.")
     key_variable: str = Field(
         default="OPENAI_API_KEY",
         description="The environment variable that holds the key. Where it is not set, none is sent. The key is never written.",

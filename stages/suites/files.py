@@ -25,8 +25,10 @@ def read_text(path: Path) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        message = f"{path}: not UTF-8 (byte {error.start}); convert it, for example with iconv -f UTF-16 -t UTF-8"
-        raise UserError(message) from None
+        wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+        line = data[: error.start].count(b"\n") + 1
+        likely = "UTF-16" if wide else "WINDOWS-1252"
+        raise UserError(f"{path}: not UTF-8 (line {line}); convert it, for example with iconv -f {likely} -t UTF-8") from None
     if "\0" in text:
         raise UserError(f"{path}: has NUL characters, so it is not UTF-8 text; convert it with iconv -f UTF-16 -t UTF-8")
     if not text.strip():

@@ -70,12 +70,12 @@ def choices(judge: Judge, path: Path, rows: list[dict[str, Any]]) -> list[bool |
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--config", type=Path, nargs="+", required=True, help="one file, or several laid over each other")
     parser.add_argument("--judge", required=True, help="a name from the section judges")
     parser.add_argument("--files", type=Path, nargs="+", required=True, help="Parquet files of Science-T2I-S or -C")
     arguments = parser.parse_args()
     try:
-        settings = load(arguments.config).judge(arguments.judge)
+        settings = load(*arguments.config).judge(arguments.judge)
     except ValueError as error:
         raise UserError(f"--judge {arguments.judge}: {error}") from None
     judge = judge_kind(settings.kind).open(settings)

@@ -77,11 +77,11 @@ JUDGES = list(
 # Judges whose verdicts are computed from the answers of another one, with its name.
 SOURCES = {name: source for name in JUDGES if (source := rescoring.source_of(settings, name))}
 GPU_JUDGES = [name for name in JUDGES if judge_kind(settings.judge(name).kind).gpu and name not in SOURCES]
-try:
-    for name in JUDGES:
+for name in JUDGES:
+    try:
         judge_kind(settings.judge(name).kind).files(settings.judge(name))  # raises UserError unless its checkpoint is there
-except UserError as error:
-    raise WorkflowError(str(error))
+    except UserError as error:
+        raise WorkflowError(f"{names}: judges.{name}: {error}")
 
 
 def read_by(stage, section, without=(), uses=USES):

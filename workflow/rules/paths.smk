@@ -320,11 +320,24 @@ def audited_arguments(kind, folders):
 
 def audit_files():
     """Return everything that an audit writes."""
+    if not BENCHMARKS:
+        raise WorkflowError("audit: the section benchmarks is empty, so there is nothing to audit; add a benchmark")
     compared = any(audit_judges(name) for name in BENCHMARKS)
     tables = ["non", "judge", "forecast", *(["agreement"] if compared else [])]
     of_judges = [f"{AUDIT}/judge_report.parquet", f"{AUDIT}/judge_report.png"] if JUDGED else []
     others = [f"{AUDIT}/{name}" for name in ("audit.parquet", "forecast.parquet", "verdict.md", "audit.png")]
     return [*of_judges, *others, *expand(f"{AUDIT}/{{name}}.{{ending}}", name=tables, ending=["csv", "md", "tex"])]
+
+
+def precision_files():
+    """Return the external judge's verdicts on all training images."""
+    if not JUDGED:
+        raise WorkflowError(
+            "precision: no benchmark has a judge, whose verdicts this target collects; set benchmarks.<name>.judge"
+        )
+    judge = settings.benchmarks[JUDGED[0]].judge
+    drawn = [("base", "train"), *((replay, "replay") for replay in drawn_replays())]
+    return [path for node, images in drawn for path in shard_files(node, f"verdicts/{judge}", images)]
 
 
 # Report
