@@ -24,7 +24,7 @@ from stages.pages.report import facts_of, page_of
 from stages.pages.review import Plan, drawn, needed
 from stages.pages.run import open_run
 from stages.tools.agreement import compared, majority
-from stages.tools.kappa import cohens_kappa, fleiss_kappa
+from stages.tools.kappa import agree, agree_all
 from tests.helpers import SMALL, TINY, done, measured, merged, refused, stage
 from tests.made_run import AWKWARD, Made, make_run
 
@@ -347,16 +347,24 @@ def test_the_sample_follows_the_plan(made, tmp_path):
 def test_kappa_is_that_of_the_textbooks():
     counts = {(True, True): 20, (True, False): 5, (False, True): 10, (False, False): 15}
     votes = np.array([pair for pair, count in counts.items() for _ in range(count)])
-    assert cohens_kappa(votes[:, 0], votes[:, 1]) == pytest.approx(0.4)  # observed 0.7, by chance 0.5
-    assert np.isnan(cohens_kappa(np.ones(4, bool), np.ones(4, bool)))
-    assert fleiss_kappa(np.array([[1, 1], [1, 0], [0, 0], [0, 0]], bool)) == pytest.approx((0.75 - 34 / 64) / (1 - 34 / 64))
-    assert fleiss_kappa(np.array([[1, 1, 1], [0, 0, 0]], bool)) == pytest.approx(1)
+    prompts = np.arange(50)
+    equal, kappa = agree(votes[:, 0], votes[:, 1], prompts, 0)
+    assert (equal.value, kappa.value) == (0.7, pytest.approx(0.4))  # by chance 0.5
+    equal, kappa = agree_all(np.array([[1, 1], [1, 0], [0, 0], [0, 0]], bool), prompts[:4], 0)
+    assert (equal.value, kappa.value) == (0.75, pytest.approx((0.75 - 34 / 64) / (1 - 34 / 64)))
+    assert kappa.low is None, "four images say nothing"
+    assert agree_all(np.array([[1, 1, 1], [0, 0, 0]], bool), prompts[:2], 0)[1].value == pytest.approx(1)
+    assert agree_all(np.ones((4, 3), bool), prompts[:4], 0)[1].value is None
+    by_image, by_prompt = (
+        agree_all(np.repeat(votes, 4, 0)[:, [0, 1, 1]], names, 0)[1] for names in (np.arange(200), prompts.repeat(4))
+    )
+    assert by_prompt.high - by_prompt.low > 1.5 * (by_image.high - by_image.low), "images of a prompt are not independent"
 
 
 def test_only_images_of_which_all_say_yes_or_no_are_compared():
     anna = {"a": True, "b": False, "c": None, "d": True}
     ben = {"a": True, "b": True, "c": True, "e": False}
-    row = compared(["anna", "ben"], [anna, ben])
+    row = compared(["anna", "ben"], [anna, ben], {})
     assert (row["n"], row["agreement"]) == (2, 0.5)
     assert majority([anna, ben]) == {"a": True, "b": None, "c": True, "d": True, "e": False}
 

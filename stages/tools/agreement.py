@@ -7,7 +7,8 @@ are compared, and what most people say is compared with the model's own verdict 
 comparison, it prints on how many images both say yes or no, on what share of these they agree, and Cohen's kappa: the agreement
 beyond that of two judges who say yes as often as these do, but independently. It is 1 if they always agree and 0 if they agree
 no more than by chance. For more than two people there is also Fleiss' kappa, over the images that all of them have judged.
-Intervals are 95 %, resampled by image.
+Intervals are 95 %, resampled by prompt. Without --run, prompts are not known; then they are resampled by image, and too narrow
+if there are several images of a prompt. There is none for fewer than 30 images, or if all resamples are equal.
 
 --out gets what most people say, and no verdict where as many say yes as no: one file for `judges: {people: {kind: table, files:
 [people.csv]}}`, which refuses two verdicts on an image.
@@ -16,7 +17,7 @@ Intervals are 95 %, resampled by image.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -28,47 +29,30 @@ from stages.common.files import write_csv
 from stages.common.seeds import hash_seed
 from stages.judges.table import read_table
 from stages.pages.run import Run, images, open_run
-from stages.tools.kappa import cohens_kappa, fleiss_kappa
+from stages.tools.kappa import agree, agree_all
 
 Row = dict[str, Any]
 Verdicts = dict[str, bool | None]  # by candidate_id
-ROUNDS = 2000
 PEOPLE, OWN = "people", "the model's own verdict"
 
 
-def interval(count: int, measure: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float] | None:
-    """Return the 95 % interval of a measure of images, None if fewer than half of the resamples have a value.
-
-    measure: from places of images, int `[rounds, images]`, to values `[rounds]`.
-    """
-    places = np.random.default_rng(hash_seed("agreement", count)).integers(0, count, (ROUNDS, count))
-    values = measure(places)
-    values = values[~np.isnan(values)]
-    if 2 * len(values) < ROUNDS:
-        return None
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def compared(names: Sequence[str], verdicts: Sequence[Verdicts]) -> Row:
+def compared(names: Sequence[str], verdicts: Sequence[Verdicts], prompts: dict[str, str]) -> Row:
     """Return how far judges agree about the images of which all of them say yes or no.
 
     With two judges, kappa is Cohen's and agreement is the share on which they agree; with more, kappa is Fleiss' and agreement
-    the share on which all agree.
+    the share on which all agree. prompts: the prompt of each image, by candidate_id; others count as prompts of their own.
     """
     shared = [name for name in verdicts[0] if all(of.get(name) is not None for of in verdicts)]
     row: Row = {"between": " and ".join(names) if len(names) == 2 else f"all {len(names)} people", "n": len(shared)}
     if not shared:
         return row
     votes = np.array([[bool(of[name]) for of in verdicts] for name in shared])
+    of_image, seed = np.array([prompts.get(name, name) for name in shared]), hash_seed("agreement", *names)
     if len(names) == 2:
-        kappa = float(cohens_kappa(votes[:, 0], votes[:, 1]))
-        ends = interval(len(shared), lambda places: cohens_kappa(votes[places, 0], votes[places, 1]))
+        equal, kappa = agree(votes[:, 0], votes[:, 1], of_image, seed)
     else:
-        kappa = float(fleiss_kappa(votes))
-        ends = interval(len(shared), lambda places: fleiss_kappa(votes[places]))
-    row |= {"agreement": float((votes.all(1) | ~votes.any(1)).mean()), "kappa": None if np.isnan(kappa) else kappa}
-    return row | ({"kappa_ci_low": ends[0], "kappa_ci_high": ends[1]} if ends and row["kappa"] is not None else {})
+        equal, kappa = agree_all(votes, of_image, seed)
+    return row | {"agreement": equal.value, "kappa": kappa.value, "kappa_ci_low": kappa.low, "kappa_ci_high": kappa.high}
 
 
 def majority(verdicts: Sequence[Verdicts]) -> Verdicts:
@@ -81,29 +65,31 @@ def majority(verdicts: Sequence[Verdicts]) -> Verdicts:
     return found
 
 
-def judges_of(run: Run, name: str) -> dict[str, Verdicts]:
-    """Return the verdicts of a run on a set, by judge: the models' own, then every external judge's."""
+def judges_of(run: Run, name: str) -> tuple[dict[str, Verdicts], dict[str, str]]:
+    """Return the verdicts of a run on a set, by judge, and each image's prompt. The models' own verdicts come first."""
     if name not in run.sets():
         raise UserError(f"--set {name}: nothing has been drawn for a set of this name; there is {', '.join(run.sets())}")
     found: dict[str, Verdicts] = {OWN: {}}
+    prompts: dict[str, str] = {}
     known = run.judges(name)
     for group in run.groups(name):
         for row in images(run, group, known).to_pylist():
+            prompts[row["candidate_id"]] = row["prompt_id"]
             found[OWN][row["candidate_id"]] = row["own"]
             for judge in known:
                 if row[f"judged {judge}"]:
                     found.setdefault(judge, {})[row["candidate_id"]] = row[f"verdict {judge}"]
-    return found
+    return found, prompts
 
 
-def rows_of(people: dict[str, Verdicts], others: dict[str, Verdicts]) -> list[Row]:
+def rows_of(people: dict[str, Verdicts], others: dict[str, Verdicts], prompts: dict[str, str]) -> list[Row]:
     """Return a row for each two people, for all together, and for most people against each other judge."""
-    rows = [compared(pair, [people[name] for name in pair]) for pair in combinations(people, 2)]
+    rows = [compared(pair, [people[name] for name in pair], prompts) for pair in combinations(people, 2)]
     if len(people) > 2:
-        rows.append(compared(list(people), list(people.values())))
+        rows.append(compared(list(people), list(people.values()), prompts))
     most = majority(list(people.values()))
     name = PEOPLE if len(people) > 1 else next(iter(people))
-    return rows + [compared([name, judge], [most, verdicts]) for judge, verdicts in others.items()]
+    return rows + [compared([name, judge], [most, verdicts], prompts) for judge, verdicts in others.items()]
 
 
 def line(row: Row) -> str:
@@ -113,7 +99,7 @@ def line(row: Row) -> str:
     if row["kappa"] is None:
         kappa = "no kappa, because they say the same of every image"
     else:
-        ends = f" ({row['kappa_ci_low']:.2f} to {row['kappa_ci_high']:.2f})" if "kappa_ci_low" in row else ""
+        ends = f" ({row['kappa_ci_low']:.2f} to {row['kappa_ci_high']:.2f})" if row["kappa_ci_low"] is not None else ""
         kappa = f"kappa {row['kappa']:.2f}{ends}"
     return f"{row['between']}: {kappa}, agreement {100 * row['agreement']:.1f} %, n {row['n']}"
 
@@ -131,8 +117,8 @@ def main() -> None:
     people = {path.stem: {name: v.matches for name, v in read_table(path, 0.5).items()} for path in arguments.files}
     if len(people) < len(arguments.files):
         raise UserError("two of the files have the same name, so people could not be told apart; rename one of them")
-    others = judges_of(open_run(arguments.run), arguments.set) if arguments.run else {}
-    rows = rows_of(people, others)
+    others, prompts = judges_of(open_run(arguments.run), arguments.set) if arguments.run else ({}, {})
+    rows = rows_of(people, others, prompts)
     for row in rows:
         print(line(row))
     if arguments.table:

@@ -7,6 +7,8 @@ and 0 for chance, and it has no value where both give one and the same answer to
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from stages.tools import metrics
@@ -28,22 +30,15 @@ def kappa(counts: np.ndarray) -> np.ndarray:
         return np.where(by_chance < 1, (both + neither - by_chance) / (1 - by_chance), np.nan)
 
 
-def cohens_kappa(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return Cohen's kappa of two judges. first, second: bool `[..., images]`; the leading axes are kept."""
-    return kappa(np.stack([(first & second).sum(-1), (first & ~second).sum(-1), (~first & second).sum(-1),
-                           (~first & ~second).sum(-1)], -1))  # fmt: skip
+def fleiss(sums: np.ndarray) -> np.ndarray:
+    """Return Fleiss' kappa (Fleiss 1971) of several judges, float `[...]`.
 
-
-def fleiss_kappa(votes: np.ndarray) -> np.ndarray:
-    """Return Fleiss' kappa (Fleiss 1971) of several judges.
-
-    votes: bool `[..., images, judges]`; the leading axes are kept. The result is NaN where all say the same of every image.
+    sums: float `[..., 3]`, over images: the share of pairs of judges who agree, the share of judges who say yes, and 1. The
+    result is NaN where all say the same of every image.
     """
-    judges, yes = votes.shape[-1], votes.sum(-1)
-    observed = ((yes * (yes - 1) + (judges - yes) * (judges - yes - 1)) / (judges * (judges - 1))).mean(-1)
-    share = votes.mean((-2, -1))
-    chance = share**2 + (1 - share) ** 2
     with np.errstate(invalid="ignore", divide="ignore"):
+        observed, yes = np.moveaxis(sums[..., :2] / sums[..., 2:], -1, 0)
+        chance = yes**2 + (1 - yes) ** 2
         return np.where(chance < 1, (observed - chance) / (1 - chance), np.nan)
 
 
@@ -62,14 +57,27 @@ def agree(one: np.ndarray, other: np.ndarray, prompts: np.ndarray, seed: int) ->
     one, other: bool `[n]`, the verdicts on the same images. prompts: the prompt of each image. The interval of kappa is the
     percentile interval of resampled prompts. It is left out where fewer than FEW images were judged, or if it has no width.
     """
-    equal = share(one == other, prompts)
-    counts = tallies(one, other, prompts)
-    value = float(kappa(counts.sum(0))) if len(one) else float("nan")
+    return share(one == other, prompts), resampled(kappa, tallies(one, other, prompts), len(one), seed)
+
+
+def agree_all(votes: np.ndarray, prompts: np.ndarray, seed: int) -> tuple[Rate, Rate]:
+    """Return the share of images on which all judges agree, and Fleiss' kappa. votes: bool `[n, judges]`; else see `agree`."""
+    judges, yes = votes.shape[1], votes.sum(1)
+    agreeing = (yes * (yes - 1) + (judges - yes) * (judges - yes - 1)) / (judges * (judges - 1))
+    _, places = np.unique(prompts, return_inverse=True)
+    sums = np.zeros((places.max() + 1 if len(places) else 0, 3))
+    np.add.at(sums, places, np.stack([agreeing, yes / judges, np.ones(len(votes))], 1))
+    return share((yes == 0) | (yes == judges), prompts), resampled(fleiss, sums, len(votes), seed)
+
+
+def resampled(measure: Callable[[np.ndarray], np.ndarray], counts: np.ndarray, n: int, seed: int) -> Rate:
+    """Return a measure of counts summed over prompts, `[prompts, k]`, with its interval over n images; see `agree`."""
+    value = float(measure(counts.sum(0))) if n else float("nan")
     if np.isnan(value):
-        return equal, Rate(None, len(one))
+        return Rate(None, n)
     low = high = None
-    if len(one) >= FEW:
+    if n >= FEW:
         picks = np.random.default_rng(seed).multinomial(len(counts), [1 / len(counts)] * len(counts), size=ROUNDS)
-        low, high = metrics.interval(kappa(picks @ counts))
+        low, high = metrics.interval(measure(picks @ counts))
         low, high = (None, None) if low == high else (low, high)
-    return equal, Rate(value, len(one), None, low, high)
+    return Rate(value, n, None, low, high)
