@@ -79,7 +79,7 @@ study: setup
 	@place=$(or $(FIRST),0); started=$$(date +%s); runs=; \
 	for model in $(MODELS); do for seed in $(SEEDS); do \
 		begun=$$(date +%s); run=study-$$(echo $$model | tr / -)-$$seed; runs="$$runs results/$$run"; \
-		PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) --configfile config.yaml $(UNDER) configs/study.yaml \
+		PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) --configfile config.yaml $(UNDER) configs/study.yaml $(OVER) \
 			--config seed=$$((10 * place + seed)) run=$$run model="{checkpoint: $$model}" -- all precision || exit 1; \
 		echo "$$run took $$((($$(date +%s) - begun) / 60)) minutes, and the study so far $$((($$(date +%s) - started) / 60))"; \
 	done; place=$$((place + 1)); done; \
@@ -89,7 +89,8 @@ study: setup
 
 # The same for the tiny Show-o, which is one checkpoint; its seeds are 30 and 31. Writes study-show-o.csv and so on.
 study-show-o: setup
-	@$(MAKE) --no-print-directory study MODELS=models/tiny-show-o FIRST=3 UNDER=configs/tiny-show-o.yaml OF=-show-o
+	@$(MAKE) --no-print-directory study MODELS=models/tiny-show-o FIRST=3 UNDER=configs/tiny-show-o.yaml \
+		OVER=configs/study-show-o.yaml OF=-show-o
 
 # Settings and ablations are measured on the validation prompts, with seeds of their own. A run that is finished is only checked.
 # $(call validated,NAME,CONFIGURATION FILE,FURTHER SETTINGS,SEEDS) runs the workflow once for each seed.
