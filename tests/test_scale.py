@@ -1,6 +1,7 @@
 """Many prompts: memory that does not grow, several processes that share a shard, and real prompts of every kind."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -66,3 +67,15 @@ def test_every_real_training_prompt_is_drawn_and_judged(tmp_path):
     rows = manifests.read_rows(tmp_path / "s.parquet", "scores")
     assert len(rows) == 5559
     assert np.isfinite([row["p_yes"] for row in rows]).all()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc has these settings")
+def test_a_process_on_a_cpu_does_not_ask_the_kernel_for_the_same_memory_again():
+    def faults(setup: str) -> int:
+        lines = ("import resource, numpy", "from stages.families.tools.allocation import keep_freed_memory", setup,
+                 "used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt", "before = used()",
+                 "for _ in range(20): [numpy.ones(1 << 18) for _ in range(40)]", "print(used() - before)")  # fmt: skip
+        command = [sys.executable, "-c", "\n".join(lines)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment()).stdout)
+
+    assert faults("keep_freed_memory()") < faults("pass") / 5

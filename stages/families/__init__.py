@@ -64,6 +64,11 @@ def open_family(model: Model, checkpoint: Path | None, role: Role) -> Family:
     """Load the configured model, or another checkpoint of its family, for one role. torch is imported here and not before."""
     from transformers.utils.logging import disable_progress_bar
 
+    from stages.families.tools.allocation import keep_freed_memory
+
     disable_progress_bar()  # of loading weights; stages have their own
+    device, dtype = placed(model)
+    if device == "cpu":
+        keep_freed_memory()
     loader: Any = resolve(describe(model.family).loader)
-    return loader.load(checkpoint or Path(model.checkpoint), *placed(model), role)
+    return loader.load(checkpoint or Path(model.checkpoint), device, dtype, role)

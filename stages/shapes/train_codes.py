@@ -19,6 +19,7 @@ from safetensors.torch import save_model
 from torch import nn
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
+from stages.families.tools.allocation import keep_freed_memory
 from stages.shapes import oracle
 from stages.shapes.grammar import CATEGORIES, sample_scene, split_meanings
 from stages.shapes.scenes import render
@@ -117,6 +118,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    keep_freed_memory()
     model = train(arguments.steps, arguments.batch, arguments.seed)
     arguments.out.mkdir(parents=True, exist_ok=True)
     save_model(model, str(arguments.out / "codes.safetensors"))

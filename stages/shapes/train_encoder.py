@@ -20,6 +20,7 @@ from safetensors.torch import save_model
 from torch import nn
 from transformers.models.janus.modeling_janus import JanusVisionModel
 
+from stages.families.tools.allocation import keep_freed_memory
 from stages.shapes.scenes import COLORS, SHAPES, TEXTURES, render
 from stages.shapes.tiny_janus import make_config, make_processor
 from stages.shapes.train_codes import sample_grids, to_pixels
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    keep_freed_memory()
     model, right = train(arguments.steps, arguments.batch, arguments.seed)
     arguments.out.mkdir(parents=True, exist_ok=True)
     save_model(model, str(arguments.out / "encoder.safetensors"))

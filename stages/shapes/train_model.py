@@ -18,6 +18,7 @@ from transformers import JanusForConditionalGeneration
 from stages.families.janus import JanusSampling
 from stages.families.janus.family import Janus
 from stages.families.janus.training import looked_at
+from stages.families.tools.allocation import keep_freed_memory
 from stages.shapes.grammar import sample_scene
 from stages.shapes.measure import measure
 from stages.shapes.pretraining import (
@@ -147,6 +148,7 @@ def lessons(family: Janus, drawn: int, scenes: int, questions: int) -> Pretraini
 def main() -> None:
     options = parser(__doc__, "folder of the tokenizer and the encoder, and of saves")
     arguments = options.parse_args()
+    keep_freed_memory()
     torch.manual_seed(arguments.seed)
     processor = make_processor()
     model = JanusForConditionalGeneration(make_config(processor))

@@ -29,6 +29,7 @@ from stages.families.show_o import PICTURES, ShowOSampling
 from stages.families.show_o.family import ShowO
 from stages.families.show_o.magvit import Magvit
 from stages.families.show_o.model import ShowOModel
+from stages.families.tools.allocation import keep_freed_memory
 from stages.shapes import oracle
 from stages.shapes.grammar import sample_scene
 from stages.shapes.measure import measure
@@ -202,6 +203,7 @@ def main() -> None:
     options = parser(__doc__, "folder of the image tokenizer, which is trained if it is not there, and of saves")
     options.add_argument("--code-steps", type=int, default=2000, help="steps of the image tokenizer")
     arguments = options.parse_args()
+    keep_freed_memory()
     vq = image_tokenizer(arguments.work, arguments.code_steps, arguments.seed)
     torch.manual_seed(arguments.seed)
     tokenizer = make_tokenizer()
