@@ -139,7 +139,7 @@ ablations: setup
 	$(call ablated,ablations-second)
 	$(call ablated,ablations-guided)
 	cp results/ablations-curves-$(firstword $(CURVE_SEEDS))/learning_curves.png docs/learning_curves.png
-	cp results/ablations-curves-$(firstword $(CURVE_SEEDS))/learning_curves.csv docs/learning_curves.csv
+	grep -e ^benchmark, -e ,overall, results/ablations-curves-$(firstword $(CURVE_SEEDS))/learning_curves.csv > docs/learning_curves.csv
 
 # Learning dynamics on the tiny model with validation prompts, for several seeds; writes docs/dynamics.csv, the pictures and the
 # tables in docs/dynamics.md (the text around them stays). A run that is finished is only checked. For a smaller one:

@@ -252,7 +252,7 @@ def prepare(folder: Path, inputs: Path, objective: str, epochs: int, **train) ->
     configuration, and the settings of `train`.
     """
     given = yaml.safe_load((inputs / "config.yaml").read_text())
-    config = write_config(folder, **merged(given, {"arms": {"x": {"objective": objective, "epochs": epochs}}, "train": train}))
+    config = write_config(folder, **merged(given, {"arms": {"x": {"objective": objective, "epochs": epochs, "train": train}}}))
     files = ("--candidates", inputs / "candidates.parquet")
     pairs = folder / "pairs.parquet"
     done("pairs", "--config", config, "--arm", "x", *files, "--scores", inputs / "scores.parquet", "--out", pairs,

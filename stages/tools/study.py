@@ -480,7 +480,7 @@ def plot(rows: list[Row], contrasts: list[Row], benchmarks: list[str], arms: lis
                 draw_interval(axis, place, row.get("delta"), row.get("delta_ci_low"), row.get("delta_ci_high"))
             axis.set_title(f"{benchmark}: {title}", fontsize=10)
             axis.set_yticks(range(len(arms)), arms if metric == "gen" else [""] * len(arms))
-            axis.set_xlabel(f"points against base, {kinds}", fontsize=8)
+            axis.set_xlabel(f"points against base,\n{kinds}", fontsize=8)
         known = [row for row in contrasts if row["benchmark"] == benchmark and row["category"] == "overall"]
         claims = {(row["claim"], row["arm"]): row for row in reversed(known) if row["against"] != "base"}  # its first metric
         shown = list(reversed(claims.values()))
@@ -489,7 +489,7 @@ def plot(rows: list[Row], contrasts: list[Row], benchmarks: list[str], arms: lis
         names = [f"{row['claim']}\n{row['arm']} against {row['against']}, {row['metric']}" for row in shown]
         line[3].set_yticks(range(len(shown)), names, fontsize=7)
         line[3].set_title(f"{benchmark}: claims", fontsize=10)
-        line[3].set_xlabel(f"points, {kinds}", fontsize=8)
+        line[3].set_xlabel(f"points,\n{kinds}", fontsize=8)
     for axis in axes.flat:
         axis.axvline(0, color="#8e8e93", linewidth=1, zorder=0)
         axis.spines[["top", "right"]].set_visible(False)
