@@ -76,21 +76,21 @@ format: setup
 MODELS ?= models/tiny-janus models/tiny-janus-1 models/tiny-janus-2
 SEEDS ?= 0 1
 study: setup
-	@place=$(or $(FIRST),0); started=$$(date +%s); runs=; \
+	@place=$(or $(FIRST_PLACE),0); started=$$(date +%s); runs=; \
 	for model in $(MODELS); do for seed in $(SEEDS); do \
 		begun=$$(date +%s); run=study-$$(echo $$model | tr / -)-$$seed; runs="$$runs results/$$run"; \
-		PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) --configfile config.yaml $(UNDER) configs/study.yaml $(OVER) \
+		PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) --configfile config.yaml $(PRESET) configs/study.yaml $(OVERLAY) \
 			--config seed=$$((10 * place + seed)) run=$$run model="{checkpoint: $$model}" -- all precision || exit 1; \
 		echo "$$run took $$((($$(date +%s) - begun) / 60)) minutes, and the study so far $$((($$(date +%s) - started) / 60))"; \
 	done; place=$$((place + 1)); done; \
-	$(BIN)/python -m stages.tools.study --runs $$runs --out docs/study$(OF).csv --by-run docs/study-runs$(OF).csv \
-		--contrasts docs/contrasts$(OF).csv --plot docs/study$(OF).png && \
+	$(BIN)/python -m stages.tools.study --runs $$runs --out docs/study$(SUFFIX).csv --by-run docs/study-runs$(SUFFIX).csv \
+		--contrasts docs/contrasts$(SUFFIX).csv --plot docs/study$(SUFFIX).png && \
 	echo "The study took $$((($$(date +%s) - started) / 60)) minutes."
 
 # The same for the tiny Show-o, which is one checkpoint; its seeds are 30 and 31. Writes study-show-o.csv and so on.
 study-show-o: setup
-	@$(MAKE) --no-print-directory study MODELS=models/tiny-show-o FIRST=3 UNDER=configs/tiny-show-o.yaml \
-		OVER=configs/study-show-o.yaml OF=-show-o
+	@$(MAKE) --no-print-directory study MODELS=models/tiny-show-o FIRST_PLACE=3 \
+		PRESET=configs/tiny-show-o.yaml OVERLAY=configs/study-show-o.yaml SUFFIX=-show-o
 
 # Settings and ablations are measured on the validation prompts, with seeds of their own. A run that is finished is only checked.
 # $(call validated,NAME,CONFIGURATION FILE,FURTHER SETTINGS,SEEDS) runs the workflow once for each seed.
@@ -120,14 +120,14 @@ tune-show-o: setup
 
 # The ablations of the paper and some more: first learning curves, which say when Gen. stalls, then all arms, then a second round
 # of the whole loop with the model that the first one has trained, and drawing under guidance. The curves have another seed than
-# the ablations, since the epoch of replay is chosen from them. Writes docs/ablations* and
-# docs/learning_curves*.
+# the ablations, since the epoch of replay is chosen from them. Writes docs/ablations*
+# and docs/learning_curves*.
 CURVE_SEEDS ?= 100
 ABLATION_SEEDS ?= 101 102 103
 STALL = arms="{c-sft-stall: {objective: sft, epochs: 6, replay_epochs: [$$epoch]}}"
 SECOND = model="{checkpoint: results/ablations-$$seed/sft/checkpoint}"
 ablated = $(BIN)/python -m stages.tools.study --runs $(ABLATION_SEEDS:%=results/$(1)-%) --out docs/$(1).csv \
-	--contrasts docs/$(1)-contrasts.csv --plot docs/$(1).png
+	--contrasts docs/$(1)-contrasts.csv
 ablations: setup
 	@$(call validated,ablations-curves,configs/learning_curves.yaml,,$(CURVE_SEEDS))
 	@epoch=$$($(BIN)/python -m stages.tools.stall --curves $(CURVE_SEEDS:%=results/ablations-curves-%/learning_curves.csv) \
@@ -135,7 +135,7 @@ ablations: setup
 	$(call validated,ablations,configs/ablations.yaml,$(STALL),$(ABLATION_SEEDS))
 	@$(call validated,ablations-second,configs/second-round.yaml,$(SECOND),$(ABLATION_SEEDS))
 	@$(call validated,ablations-guided,configs/guided.yaml,,$(ABLATION_SEEDS))
-	$(call ablated,ablations)
+	$(call ablated,ablations) --plot docs/ablations.png
 	$(call ablated,ablations-second)
 	$(call ablated,ablations-guided)
 	cp results/ablations-curves-$(firstword $(CURVE_SEEDS))/learning_curves.png docs/learning_curves.png

@@ -18,6 +18,7 @@ import json
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from stages.common.errors import UserError, run_stage
 from stages.common.files import aside, claim, sync, whole_file
 from stages.common.fingerprints import code, read_settings
 from stages.common.registry import entry
-from stages.families import checkpoint_hash, describe, open_family, placed
+from stages.families import checkpoint_hash, describe, open_family, resolved
 from stages.training.anchor import Judgement, anchor_loss, read_judgements
 from stages.training.launch import STOPPED, launched, local_rank, rank
 from stages.training.saves import discard, keyed, latest, require_layout, saves, step_of
@@ -80,16 +81,15 @@ class Inputs:
         common = (self.arm.objective, self.outcome(), self.config.seed, self.weights, self.precision, self.modules)
         return (*common, judged) if judged else common
 
+    @cached_property
     def contents(self) -> list[Row]:
-        """Return the rows of the schedule, each with its prompt's text and the hashes of its pictures."""
-        return [
-            row
-            | {
-                "prompt": self.prompts[row["prompt_id"]],
-                "pictures": [self.pictures.get(row[s]) for s in ("chosen", "rejected")],
-            }
-            for row in self.schedule
-        ]
+        """The rows of the schedule, each with its prompt's text and the hashes of its pictures."""
+
+        def read_by(row: Row) -> Row:
+            pictures = [self.pictures.get(row[side]) for side in ("chosen", "rejected")]
+            return {"prompt": self.prompts[row["prompt_id"]], "pictures": pictures}
+
+        return [row | read_by(row) for row in self.schedule]
 
 
 def read_inputs(arguments: argparse.Namespace) -> Inputs:
@@ -115,7 +115,7 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
     anchored = settings.judge_anchor_weight > 0
     judgements = read_judgements(arguments.scores, arguments.candidates, settings, config.seed) if anchored else []
     modules = code("stages.train", mentioned=[entry("FAMILIES", family)])
-    precision = placed(config.model)[1] if settings.precision == "auto" else settings.precision
+    precision = resolved(config.model).dtype if settings.precision == "auto" else settings.precision
     pictures = candidates.digests(sorted(wanted))
     return Inputs(config, arm, settings, schedule, weights, precision, candidates, prompts, pictures, judgements, modules)
 
@@ -124,7 +124,7 @@ def open_trained_model(config: Config, precision: str) -> Any:
     """Load the base model on this process's device, in the precision of the training."""
     import torch
 
-    device, _ = placed(config.model)
+    device = resolved(config.model).device
     if device.startswith("cuda") and local_rank() is not None:
         device = f"cuda:{local_rank()}"
     if device.startswith("cuda:"):
@@ -224,7 +224,7 @@ def train(arguments: argparse.Namespace, inputs: Inputs, start: Path | None) -> 
         join(cpu=next(view.model.parameters()).device.type == "cpu")
         require_equal_starts(start)
 
-    work = keyed(arguments.work, inputs.contents(), steps, inputs.identity())
+    work = keyed(arguments.work, inputs.contents, steps, inputs.identity())
     if rank() == 0:
         discard(arguments.work, work, *([start.parent] if start else []))
     held = claim(work / "writer") if rank() == 0 else lambda: None
@@ -312,7 +312,7 @@ def main() -> None:
     arguments = parser.parse_args()
     inputs = read_inputs(arguments)
     works = [*([arguments.parent] if arguments.parent else []), arguments.work]
-    start = latest(works, inputs.contents(), inputs.identity())
+    start = latest(works, inputs.contents, inputs.identity())
     if start:
         require_layout(start, inputs.settings)
     if inputs.settings.deepspeed:

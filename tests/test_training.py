@@ -3,6 +3,7 @@
 import copy
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +17,13 @@ from transformers import TrainingArguments
 from stages import reference
 from stages.common import manifests, shards
 from stages.common.config import Train, load, validate
+from stages.common.errors import UserError
 from stages.families import checkpoint_hash
 from stages.families.base import Pictures
 from stages.families.janus.family import Janus
 from stages.families.show_o.family import ShowO
 from stages.training.rows import Material
-from stages.training.trainer import one_gpu
+from stages.training.trainer import one_gpu, require_equal_starts
 from tests.helpers import (
     SMALL,
     TINY,
@@ -84,6 +86,16 @@ def test_a_process_that_sees_several_gpus_trains_on_one(tmp_path):
     arguments._n_gpu = 4
     one_gpu(arguments)
     assert arguments.n_gpu == 1
+
+
+def test_processes_that_would_continue_from_different_saves_are_stopped(monkeypatch):
+    seen = [Path("work/checkpoint-4"), None]
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda found, _: found.__setitem__(slice(None), seen))
+    with pytest.raises(UserError, match=r"different saves \(work/checkpoint-4, no save\).*run it again"):
+        require_equal_starts(seen[0])
+    seen[1] = seen[0]
+    require_equal_starts(seen[0])
 
 
 def test_a_stopped_reference_continues_and_ends_the_same(small_inputs, tmp_path, monkeypatch):

@@ -772,17 +772,18 @@ def _line(section: str, error: Any, known: Iterable[str]) -> str:
     key = ".".join(part for part in (section, *map(str, location)) if part)
     message = str(error["msg"]).removeprefix("Value error, ")
     context = error.get("ctx", {})
+    named = context.get("discriminator", "").strip("'")  # the key that says which kind of section this is
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(location[-1]), list(known), n=1)
         remedy = f"did you mean {near[0]!r}?" if near else "remove it, or set it to null if it comes from a preset"
         return f"{key}: unknown key; {remedy}"
     if error["type"] == "union_tag_invalid":
-        named, tags = context["discriminator"].strip("'"), context["expected_tags"].replace("'", "").split(", ")
+        tags = context["expected_tags"].replace("'", "").split(", ")
         near = difflib.get_close_matches(context["tag"], tags, n=1)
         asked = f"; did you mean {near[0]!r}?" if near else ""
         return f"{key}.{named}: unknown {named} {context['tag']!r}{asked} (known: {', '.join(tags)})"
     if error["type"] == "union_tag_not_found":
-        return f"{key}.{context['discriminator'].strip(chr(39))}: missing; docs/configuration.md lists what it can be"
+        return f"{key}.{named}: missing; docs/configuration.md lists what it can be"
     if error["type"] in ("dict_type", "model_type", "model_attributes_type"):
         message = "must be a mapping of keys; to leave out what a preset has, set each of its keys to null"
     if not location:

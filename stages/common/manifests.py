@@ -24,6 +24,7 @@ from stages.common.fingerprints import code
 
 pa.set_memory_pool(pa.system_memory_pool())  # one allocator for the process, so that torch can use what Arrow frees
 
+AGAIN = "if a stage wrote it, delete it and run again; otherwise restore it"
 TEXT, INTEGER, REAL, TRUTH = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 
 
@@ -363,9 +364,6 @@ def write(
                 if not column.empty and table[name].null_count:
                     raise ValueError(f"{path}: column {name} of a {kind} manifest has nulls")
             writer.write_table(table)
-
-
-AGAIN = "if a stage wrote it, delete it and run again; otherwise restore it"
 
 
 def read(path: Path, kind: str) -> pa.Table:

@@ -43,9 +43,9 @@ def workers(model: Model) -> int:
     return max(1, torch.cuda.device_count()) if model.device in ("auto", "cuda") else 1
 
 
-def placed(model: Model) -> tuple[str, str]:
-    """Return the device and the dtype of a model, with `auto` resolved: a GPU where there is one, and bfloat16 on a GPU and
-    float32 on a CPU. Raises UserError when a GPU is asked for and there is none."""
+def resolved(model: Model) -> Model:
+    """Return the settings of a model without `auto`: the device is a GPU where there is one, and the dtype is bfloat16 on a GPU
+    and float32 on a CPU. Raises UserError when a GPU is asked for and there is none."""
     device = model.device
     if device != "cpu":
         import torch
@@ -57,7 +57,10 @@ def placed(model: Model) -> tuple[str, str]:
                 f"model.device: {device}, but torch sees no GPU on {socket.gethostname()}; check the driver and torch's build, "
                 "or set it to cpu"
             )
-    return device, model.dtype if model.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
+    dtype = model.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    return model.model_copy(update={"device": device, "dtype": dtype})
 
 
 def open_family(model: Model, checkpoint: Path | None, role: Role) -> Family:
@@ -67,8 +70,8 @@ def open_family(model: Model, checkpoint: Path | None, role: Role) -> Family:
     from stages.families.tools.allocation import keep_freed_memory
 
     disable_progress_bar()  # of loading weights; stages have their own
-    device, dtype = placed(model)
-    if device == "cpu":
+    model = resolved(model)
+    if model.device == "cpu":
         keep_freed_memory()
     loader: Any = resolve(describe(model.family).loader)
-    return loader.load(checkpoint or Path(model.checkpoint), device, dtype, role)
+    return loader.load(checkpoint or Path(model.checkpoint), model.device, model.dtype, role)

@@ -288,10 +288,8 @@ def understanding_rows(runs: list[Run], config: Config, benchmark: str) -> tuple
         return [(answer.question_id, answer.question, answer.expected) for answer in answers]
 
     first = read_answers(runs[0].folder / "base" / place)
-    questions, categories = (
-        asked(first),
-        {name: categories_of(parts) for name, parts in by_metric(kind.measures(first)).items()},
-    )
+    questions = asked(first)
+    categories = {name: categories_of(parts) for name, parts in by_metric(kind.measures(first)).items()}
 
     def counted_answers(path: Path) -> dict[str, metrics.Counts]:
         answers = read_answers(path)

@@ -106,7 +106,9 @@ def require_equal_starts(start: Path | None) -> None:
     torch.distributed.all_gather_object(found, start)
     if len(set(found)) > 1:
         seen = ", ".join(str(save or "no save") for save in found)
-        raise UserError(f"the processes see different saves ({seen}), as files spread late between nodes; run it again")
+        raise UserError(
+            f"the processes see different saves ({seen}), because a node saw another one's files late; run it again"
+        )
 
 
 def leave() -> None:

@@ -19,6 +19,6 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, TypeError, AttributeError):  # another system, or another C library
         return
-    mallopt(MMAP_MAX, 0)  # large blocks come from the heap ...
-    mallopt(TRIM_THRESHOLD, LARGEST)  # ... whose free end is kept ...
-    mallopt(TOP_PAD, 1 << 26)  # ... and which grows by 64 MiB more than is asked for
+    mallopt(MMAP_MAX, 0)  # take large blocks from the heap, too
+    mallopt(TRIM_THRESHOLD, LARGEST)  # keep the free end of the heap
+    mallopt(TOP_PAD, 1 << 26)  # let the heap grow by 64 MiB more than is asked for
