@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 run: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES)
 
-# Is training worth it? Three models of the shapes world, none of them trained (docs/audit.md).
+# Is training worth it? The tiny model at three temperatures, before any training (docs/audit.md).
 audit: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake audit --cores $(CORES) --configfile configs/tiny-audit.yaml
 

@@ -42,7 +42,14 @@ SMALL = {
     "score": {"question": "does this image show {prompt} ?", "batch_size": 20},
     # One candidate in five is chosen and some prompts have none, so that every stage has work.
     "pairs": {"accept_threshold": 0.9, "reject_threshold": 0.9, "minimum_margin": 0.01, "chosen_per_prompt": 2},
-    "train": {"batch_size": 8, "micro_batch_size": 8, "warmup_steps": 0, "fork_epochs": [1], "save_every_steps": 2},
+    "train": {
+        "learning_rate": 2e-4,
+        "batch_size": 8,
+        "micro_batch_size": 8,
+        "warmup_steps": 0,
+        "fork_epochs": [1],
+        "save_every_steps": 2,
+    },
     "arms": {
         "sft": {"objective": "sft", "epochs": 2},
         "dpo": {"objective": "dpo", "epochs": 1},

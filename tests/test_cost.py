@@ -85,6 +85,24 @@ def test_an_audit_counts_what_its_models_draw_and_judge():
     assert float(drawing.split()[2]) == pytest.approx(cost.SECONDS["draw"] * size * 240 / 3600, rel=0.01)
 
 
+def test_gpu_memory_of_a_training_follows_from_its_state_and_from_zero():
+    numbers = cost.tensor_numbers(describe("janus").files(TINY, "draw"))
+
+    def memory(**train) -> float:
+        return cost.gpu_memory(config_of(model={"dtype": "bfloat16"}, train=train))["training, sft"] / numbers
+
+    assert cost.gpu_memory(config_of(model={"dtype": "bfloat16"}))["drawing, judging, reference"] == 2 * numbers
+    assert cost.gpu_memory(config_of(model={"dtype": "float32"}))["drawing, judging, reference"] == 4 * numbers
+    assert memory() == 16  # weights, gradients and two moments, all in float32
+    assert memory(gpus=4, micro_batch_size=2) == 2 + (2 + 12) / 4
+    assert memory(gpus=4, micro_batch_size=2, zero_stage=3) == (2 + 2 + 12) / 4
+    assert memory(offload=True) == 2 + 2  # AdamW's state is in the memory of the machine
+    assert memory(lora_rank=4) == 2
+    on_gpus = config_of(model={"dtype": "bfloat16", "device": "cuda"})
+    assert "Memory of each GPU" in cost.report(on_gpus)
+    assert "Memory of each GPU" not in cost.report(config_of(model={"device": "cpu"}))
+
+
 def test_an_oracle_judges_the_training_images_and_the_pool_in_place_of_the_model():
     truth = {"objective": "sft", "epochs": 2, "replay_epochs": [1], "pairs": {"filter": "oracle", "oracle": "shapes"}}
     works = cost.works_of(

@@ -136,7 +136,9 @@ class Train(Section):
     )
     lora_alpha: Positive = Field(default=32, description="LoRA's update is scaled by lora_alpha / lora_rank.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(
-        default=2e-4, description="AdamW's learning rate, constant after the warm-up."
+        default=1e-5,
+        description="AdamW's learning rate, constant after the warm-up. The presets take 1e-5 to 2e-5 for SFT and 2e-6 to 5e-6 "
+        "for DPO; the tiny models take more.",
     )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(
         default=10, description="Optimizer steps in which the learning rate rises from zero."

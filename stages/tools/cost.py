@@ -1,4 +1,5 @@
-"""Print what a run needs before anything runs: images, judgements, calls of endpoints, training steps, GPU hours and disk.
+"""Print what a run needs before anything runs: images, judgements, calls of endpoints, training steps, GPU hours,
+GPU memory and disk.
 
     python -m stages.tools.cost --configfile configs/janus-pro-7b.yaml mine.yaml --device H100
 
@@ -9,6 +10,7 @@ that all of them do. GPU hours and disk are estimates, and the report says from 
 - Where speed/results has the model and the device of --device, GPU hours follow from what was measured. Otherwise they follow
   from SECONDS, from which the workflow also derives the time limits of its jobs; those are generous, so it should take less.
 - Bytes of an image are measured on the run's own images if there are any, or stated with --image-bytes.
+- GPU memory is computed from the number of weights. Activations and key-value caches come on top.
 
 A configuration without arms is that of an audit: its models draw and judge, and nothing is trained. No weights are loaded.
 Retries, starting Python and loading weights are not counted.
@@ -26,7 +28,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from stages.common.config import Config, load
+from stages.common.config import Config, Train, load
 from stages.common.errors import UserError, run_stage
 from stages.families import describe
 from stages.judges import judge_kind
@@ -332,6 +334,44 @@ def disk(config: Config, works: Iterable[Work], size: ImageSize) -> dict[str, fl
     return written | {"checkpoints": checkpoints, "saves": saves}
 
 
+# GPU memory
+
+
+def training_bytes(settings: Train, weight: int) -> float:
+    """Return the bytes of one GPU for each trained number: the weight, its gradient, and AdamW's weight and moments in float32.
+
+    weight: bytes of a weight in the forward pass. Without DeepSpeed, a trained weight is float32 and is AdamW's own. ZeRO
+    divides the optimizer's state among the processes, from stage 2 on also the gradients, and at stage 3 the weights
+    (arXiv 1910.02054, section 3). With LoRA, the adapters' own state is small and not counted.
+    """
+    if settings.lora_rank:
+        return weight
+    if not settings.deepspeed:
+        return 16
+    processes = settings.gpus * settings.nodes
+    optimizer = 0 if settings.offload else 12
+    if settings.zero_stage == 0:
+        return 2 * weight + optimizer
+    if settings.zero_stage == 3:
+        return ((0 if settings.offload else weight) + weight + optimizer) / processes
+    return weight + (weight + optimizer) / processes
+
+
+def gpu_memory(config: Config) -> dict[str, float]:
+    """Return the bytes of one GPU that weights, gradients and AdamW's state take, by work: drawing and judging, and each arm.
+
+    A training is counted as if every weight were trained. The language model has most of them.
+    """
+    numbers = tensor_numbers(describe(config.model.family).files(Path(config.model.checkpoint), "draw"))
+    weight = 4 if config.model.dtype == "float32" else 2
+    found = {"drawing, judging, reference": float(weight * numbers)}
+    for arm in config.arms:
+        settings = config.arm_train(arm)
+        precision = config.model.dtype if settings.precision == "auto" else settings.precision
+        found[f"training, {arm}"] = training_bytes(settings, 4 if precision == "float32" else 2) * numbers
+    return found
+
+
 # The report
 
 
@@ -423,6 +463,12 @@ def report(config: Config, device: str | None = None, image_bytes: int | None = 
         "Hours of one GPU, or of the CPU where there is none (estimates, of upper bounds where counts are)",
         [*lines, ["together", f"{total:,.3g}", ""]],
     )
+    if config.arms and config.model.device != "cpu":
+        memory = gpu_memory(config)
+        section(
+            "Memory of each GPU (computed; activations and caches come on top)",
+            [[name, readable(value), ""] for name, value in memory.items()],
+        )
     size = image_size(folder or Path("results") / config.run, image_bytes)
     sizes = disk(config, works, size)
     sources = {
