@@ -30,7 +30,8 @@ from stages.common.errors import UserError, run_stage
 from stages.common.files import aside, claim, sync, whole_file
 from stages.common.fingerprints import code, read_settings
 from stages.common.registry import entry
-from stages.families import checkpoint_hash, describe, open_family, resolved
+from stages.families import checkpoint_hash, describe, open_family, preprocessing_hash, resolved
+from stages.families.tools.asking import question_and_prefix
 from stages.training.anchor import Judgement, anchor_loss, read_judgements
 from stages.training.launch import STOPPED, launched, local_rank, rank
 from stages.training.saves import discard, keyed, latest, require_layout, saves, step_of
@@ -42,8 +43,9 @@ Row = dict[str, Any]
 class Inputs:
     """Everything that a training reads, checked.
 
-    weights: the base model's hash. precision: the dtype of the training. prompts: prompt text by prompt_id. pictures: a hash of
-    each picture by candidate_id. modules: the fingerprint of the code.
+    weights: the base model's hash. preprocessing: that of its tokenizer and image processor. precision: the dtype of the
+    training. prompts: prompt text by prompt_id. pictures: a hash of each picture by candidate_id, also of those that are
+    judged. modules: the fingerprint of the code.
     """
 
     config: Config
@@ -51,6 +53,7 @@ class Inputs:
     settings: Train
     schedule: list[Row]
     weights: str
+    preprocessing: str
     precision: str
     candidates: Candidates
     prompts: dict[str, str]
@@ -77,9 +80,24 @@ class Inputs:
 
     def identity(self) -> tuple[object, ...]:
         """Return everything that the saves depend on, besides the schedule."""
-        judged = [(judgement.candidate["candidate_id"], judgement.target) for judgement in self.judgements]
-        common = (self.arm.objective, self.outcome(), self.config.seed, self.weights, self.precision, self.modules)
-        return (*common, judged) if judged else common
+        common = (
+            self.arm.objective,
+            self.outcome(),
+            self.config.seed,
+            self.weights,
+            self.preprocessing,
+            self.precision,
+            self.modules,
+        )
+        if not self.judgements:
+            return common
+        asked = question_and_prefix(describe(self.config.model.family), self.config.score)
+        judged = [(judgement.candidate, judgement.target) for judgement in self.judgements]
+        return (
+            *common,
+            asked,
+            [(row["candidate_id"], self.prompts[row["prompt_id"]], self.pictures[row["candidate_id"]], p) for row, p in judged],
+        )
 
     @cached_property
     def contents(self) -> list[Row]:
@@ -108,16 +126,31 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
             "run stages.reference with this model again"
         )
     wanted = {row[side] for row in schedule for side in ("chosen", "rejected") if row[side]}
-    candidates = Candidates(arguments.candidates, wanted, describe(family))
-    prompts = {row["prompt_id"]: row["prompt"] for row in manifests.read_rows(arguments.prompts, "prompts")}
-    if missing := {row["prompt_id"] for row in schedule} - prompts.keys():
-        raise UserError(f"{arguments.prompts}: prompt_id {min(missing)} of the schedule is not there; give its prompt manifest")
     anchored = settings.judge_anchor_weight > 0
     judgements = read_judgements(arguments.scores, arguments.candidates, settings, config.seed) if anchored else []
+    judged = {judgement.candidate["candidate_id"] for judgement in judgements}
+    candidates = Candidates(arguments.candidates, wanted | judged, describe(family))
+    prompts = {row["prompt_id"]: row["prompt"] for row in manifests.read_rows(arguments.prompts, "prompts")}
+    asked = {row["prompt_id"] for row in schedule} | {judgement.candidate["prompt_id"] for judgement in judgements}
+    if missing := asked - prompts.keys():
+        raise UserError(f"{arguments.prompts}: prompt_id {min(missing)} of the schedule is not there; give its prompt manifest")
     modules = code("stages.train", mentioned=[entry("FAMILIES", family)])
     precision = resolved(config.model).dtype if settings.precision == "auto" else settings.precision
-    pictures = candidates.digests(sorted(wanted))
-    return Inputs(config, arm, settings, schedule, weights, precision, candidates, prompts, pictures, judgements, modules)
+    pictures = candidates.digests(sorted(wanted | judged))
+    return Inputs(
+        config=config,
+        arm=arm,
+        settings=settings,
+        schedule=schedule,
+        weights=weights,
+        preprocessing=preprocessing_hash(base),
+        precision=precision,
+        candidates=candidates,
+        prompts=prompts,
+        pictures=pictures,
+        judgements=judgements,
+        modules=modules,
+    )
 
 
 def open_trained_model(config: Config, precision: str) -> Any:

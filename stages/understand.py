@@ -27,7 +27,7 @@ from stages.common.errors import run_stage
 from stages.common.fingerprints import code
 from stages.common.registry import entry
 from stages.common.settings import Score
-from stages.families import checkpoint_hash, describe, resolved, workers
+from stages.families import checkpoint_hash, describe, preprocessing_hash, resolved, workers
 from stages.understanding import understanding_kind
 from stages.understanding.base import Answer, Question, UnderstandingKind
 
@@ -138,7 +138,14 @@ def main() -> None:
     pieces, work = planned_work(kind, settings, config, checkpoint)
     with kept_batches(
         arguments.out,
-        ("understand", code("stages.understand", mentioned=uses), facts, resolved(config.model).dtype, config.score.batch_size),
+        (
+            "understand",
+            code("stages.understand", mentioned=uses),
+            facts,
+            preprocessing_hash(checkpoint),
+            resolved(config.model).dtype,
+            config.score.batch_size,
+        ),
         pieces,
         work=work,
         finish=table,

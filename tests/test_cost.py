@@ -8,6 +8,7 @@ import yaml
 from stages.common import manifests
 from stages.common.config import load, validate
 from stages.families import describe
+from stages.families.show_o import ShowOSampling
 from stages.tools import cost
 from tests.helpers import ROOT, SMALL, TINY, done, merged, refused, stage
 
@@ -83,6 +84,25 @@ def test_an_audit_counts_what_its_models_draw_and_judge():
     size = sum(path.stat().st_size for path in describe("janus").files(TINY, "draw")) / 1e9
     drawing = next(line for line in lines if line.startswith("tiny-janus-hot, drawing"))
     assert float(drawing.split()[2]) == pytest.approx(cost.SECONDS["draw"] * size * 240 / 3600, rel=0.01)
+
+
+def test_drawing_in_steps_takes_what_its_operations_take(tmp_path):
+    text = {"hidden_size": 2048, "num_hidden_layers": 24, "intermediate_size": 8192}
+    fields = {"model_type": "show_o", "text_config": text, "image_tokens": 1024}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    draws = describe("show_o").drawing_flops
+    each = draws(tmp_path, ShowOSampling(guidance_scale=0, steps=1))
+    weights = 24 * (4 * 2048**2 + 2 * 2048 * 8192)
+    assert each == pytest.approx(2 * 1026 * weights, rel=0.1)  # attention is the rest
+    assert draws(tmp_path, ShowOSampling(guidance_scale=5, steps=50)) == 100 * each
+
+    model = {"family": "show_o", "checkpoint": str(ROOT / "models/tiny-show-o"), "dtype": "bfloat16"}
+    generate = {"sampling": {"guidance_scale": 1.0, "steps": 10000}}
+    config = validate({**SMALL, "model": model, "generate": generate})
+    seconds, source = cost.limit(config, "draw")
+    assert seconds == pytest.approx(draws(ROOT / "models/tiny-show-o", config.sampling()) / cost.FLOPS["bfloat16"])
+    assert "TFLOP" in source
+    assert cost.limit(config, "judge")[0] == cost.SECONDS["judge"] * cost.gigabytes(config)
 
 
 def test_gpu_memory_of_a_training_follows_from_its_state_and_from_zero():

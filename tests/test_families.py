@@ -12,7 +12,7 @@ import yaml
 from stages.common import manifests, shards
 from stages.common.candidates import Candidates, representation, sampling_text
 from stages.common.settings import Model
-from stages.families import FAMILIES, checkpoint_hash, describe, open_family
+from stages.families import FAMILIES, checkpoint_hash, describe, open_family, preprocessing_hash
 from stages.families.base import Drawn
 from tests.helpers import TINY, done, losses, outputs, refused, stage, trained, write_config
 from tests.tiny_show_o import write_tiny_show_o
@@ -240,6 +240,16 @@ def test_the_identity_of_a_checkpoint_follows_its_weights_and_not_its_place(name
     data[-1] ^= 1
     path.write_bytes(bytes(data))
     assert checkpoint_hash(name, tmp_path / "b", "draw") != identities[0]
+
+
+def test_the_hash_of_the_preprocessing_follows_the_tokenizer_and_not_the_weights(name, family, tmp_path):
+    family.save(tmp_path)
+    before = preprocessing_hash(tmp_path)
+    (tmp_path / describe(name).trained_file).write_bytes(b"")
+    assert preprocessing_hash(tmp_path) == before
+    for path in tmp_path.glob("*token*.json"):
+        path.write_text(path.read_text() + " ")
+        assert preprocessing_hash(tmp_path) != before
 
 
 # Training, through the stages

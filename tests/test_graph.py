@@ -1,5 +1,6 @@
 """The workflow as a graph: at scale, with presets and bad input, and the status that is read from its files."""
 
+import re
 import subprocess
 
 import pytest
@@ -112,6 +113,14 @@ def test_a_file_of_ones_own_is_laid_over_a_preset(tmp_path):
     assert "results/mine/c-dpo/checkpoint" in result.stdout
     assert "results/mine/c-dpo/metrics/own.parquet" in result.stdout
     assert "geneval" not in result.stdout
+
+
+def test_a_benchmark_has_as_many_pieces_as_it_says(tmp_path):
+    jobs = {}
+    for shards in (None, 1):
+        write_config(tmp_path, benchmarks={"validation": {"shards": shards}})
+        jobs[shards] = int(re.search(r"^generate +(\d+)$", completed(tmp_path, "-n"), re.MULTILINE)[1])
+    assert jobs == {None: 2 * 2 + 4 * 2, 1: 2 * 2 + 4}  # training and replay, then four models on the benchmark
 
 
 def test_overlapping_prompts_are_refused_before_anything_is_drawn(tmp_path):

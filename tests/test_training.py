@@ -3,6 +3,7 @@
 import copy
 import math
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,11 @@ from stages.common import manifests, shards
 from stages.common.config import Train, load, validate
 from stages.common.errors import UserError
 from stages.families import checkpoint_hash
-from stages.families.base import Pictures
+from stages.families.base import Pictures, TokenRows
 from stages.families.janus.family import Janus
 from stages.families.show_o.family import ShowO
-from stages.training.rows import Material
+from stages.train import read_inputs
+from stages.training.rows import Material, token_rows
 from stages.training.trainer import one_gpu, require_equal_starts
 from tests.helpers import (
     SMALL,
@@ -84,8 +86,27 @@ def test_groups_that_the_loss_does_not_reach_are_refused(small_inputs, tmp_path)
 def test_a_process_that_sees_several_gpus_trains_on_one(tmp_path):
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     arguments._n_gpu = 4
-    one_gpu(arguments)
+    one_gpu(arguments, torch.device("cpu"))
     assert arguments.n_gpu == 1
+
+
+def test_a_process_alone_trains_on_the_gpu_of_its_model(tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    one_gpu(arguments, torch.device("cuda:1"))
+    assert arguments.device == torch.device("cuda:1")
+    assert chosen == [torch.device("cuda:1")]
+
+
+def test_the_rows_of_a_training_are_hashed_without_the_model():
+    class Weights:
+        def __reduce__(self):
+            raise AssertionError("the model is pickled")
+
+    material = Material([{}], {}, candidates=None, dpo=False, anchors=0, prompt_dropout=0.0, seed=0)
+    rows = TokenRows(tokenizer=Weights(), ids=Weights(), unconditional=Weights())
+    assert len(token_rows(rows, material)) == 1
 
 
 def test_processes_that_would_continue_from_different_saves_are_stopped(monkeypatch):
@@ -432,6 +453,37 @@ def test_training_on_its_own_verdicts_alone_makes_the_judge_more_certain(small_i
     after, _ = Janus.load(tmp_path / "checkpoint").p_yes(images, questions)
     assert np.abs(after - (before >= 0.5)).mean() < np.abs(before - (before >= 0.5)).mean()
     assert "nll" not in losses(tmp_path)
+
+
+def test_saves_with_a_judge_anchor_belong_to_its_question_prompts_and_pictures(small_inputs, tmp_path):
+    prepare(tmp_path, small_inputs, "sft", 1, judge_anchor_weight=0.5, judge_anchor_target="verdict")
+
+    def identity(**files):
+        inputs = {name: small_inputs / f"{name}.parquet" for name in ("prompts", "candidates", "scores")} | files
+        arguments = Namespace(
+            arm="x",
+            config=inputs.get("config", tmp_path / "config.yaml"),
+            schedule=tmp_path / "schedule.parquet",
+            prompts=inputs["prompts"],
+            candidates=[inputs["candidates"]],
+            scores=[inputs["scores"]],
+        )
+        return read_inputs(arguments).identity()
+
+    def changed(name, column, value):
+        rows = manifests.read_rows(small_inputs / f"{name}.parquet", name)
+        path = tmp_path / f"{name}.parquet"
+        manifests.write(path, name, [row | {column: value(row)} for row in rows], stage="stages.prompts")
+        return identity(**{name: path})
+
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    config["score"]["question"] = "is this {prompt} ?"
+    (tmp_path / "asked.yaml").write_text(yaml.safe_dump(config))
+    before = identity()
+    assert identity() == before
+    assert identity(config=tmp_path / "asked.yaml") != before
+    assert changed("prompts", "prompt", lambda row: row["prompt"] + " .") != before
+    assert changed("candidates", "tokens", lambda row: row["tokens"][::-1]) != before
 
 
 def test_an_anchor_without_scores_is_refused(small_inputs, tmp_path):

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import zipfile
 from base64 import urlsafe_b64decode as b64decode
@@ -48,6 +49,20 @@ def test_a_run_ends_with_the_table(run):
     assert Image.open(folder / "results/small/judge_report.png").width > 500
     assert "Judge report of " in output
     assert "accept_threshold: 0.9" in (folder / "results/small/run_config.yaml").read_text()
+
+
+def test_on_a_machine_with_gpus_one_job_with_a_model_runs_at_a_time(tmp_path):
+    config, inside = write_config(tmp_path), tmp_path / "results/small/base/candidates/train"
+    shards = [inside.relative_to(tmp_path) / f"{number:04d}.parquet" for number in range(2)]
+    with_a_gpu = (
+        "import sys; from pathlib import Path; from stages.tools import gpus; gpus.DEVICES = (Path('/dev/null'),); "
+        "from snakemake.cli import main; main(sys.argv[1:])"
+    )
+    command = (sys.executable, "-c", with_a_gpu, "--cores", "2", "--directory", tmp_path, "--configfile", config, "--", *shards)
+    result = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    events = re.findall(r"Drawing: base|Finished jobid: \d+ \(Rule: generate\)", result.stdout + result.stderr)
+    assert [event.split(":")[0] for event in events] == ["Drawing", "Finished jobid"] * 2
 
 
 def test_arms_share_what_they_have_in_common(run):

@@ -42,6 +42,11 @@ class Benchmark(Section):
 
     prompts: Prompts = Field(description="Where the benchmark's prompts come from.")
     images_per_prompt: Positive = Field(default=4, description="Images that each checkpoint draws for each prompt.")
+    shards: Positive | None = Field(
+        default=None,
+        description="Pieces into which the benchmark's prompts are cut. Empty takes generate.shards. A benchmark is smaller "
+        "than the training set, and each piece is a job that loads the model, so it needs fewer.",
+    )
     judge: str | None = Field(
         default=None,
         description="The external judge: a name in the section judges, or a kind of judge that needs no settings. Und. (win "

@@ -34,6 +34,13 @@ def checkpoint_hash(family: str, checkpoint: Path, role: Role) -> str:
     return files_hash(checkpoint, describe(family).files(checkpoint, role))
 
 
+def preprocessing_hash(checkpoint: Path) -> str:
+    """Return a hash over the files of a checkpoint's tokenizer and image processor."""
+    from stages.families.tools.checkpoints import files_hash, preprocessing_files
+
+    return files_hash(checkpoint, preprocessing_files(checkpoint))
+
+
 def workers(model: Model) -> int:
     """Return how many processes share a stage's batches, one GPU each: `model.workers`, or the number of visible GPUs."""
     import torch
@@ -64,7 +71,11 @@ def resolved(model: Model) -> Model:
 
 
 def open_family(model: Model, checkpoint: Path | None, role: Role) -> Family:
-    """Load the configured model, or another checkpoint of its family, for one role. torch is imported here and not before."""
+    """Load the configured model, or another checkpoint of its family, for one role. torch is imported here and not before.
+
+    Raises UserError when the checkpoint does not load or does not fit into the memory of the GPU.
+    """
+    import torch
     from transformers.utils.logging import disable_progress_bar
 
     from stages.families.tools.allocation import keep_freed_memory
@@ -74,4 +85,11 @@ def open_family(model: Model, checkpoint: Path | None, role: Role) -> Family:
     if model.device == "cpu":
         keep_freed_memory()
     loader: Any = resolve(describe(model.family).loader)
-    return loader.load(checkpoint or Path(model.checkpoint), model.device, model.dtype, role)
+    folder = checkpoint or Path(model.checkpoint)
+    try:
+        return loader.load(folder, model.device, model.dtype, role)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{folder}: the weights do not fit into the free memory of {model.device} on {socket.gethostname()} ({error}); end "
+            "what else uses this GPU, or take a larger one"
+        ) from None

@@ -49,6 +49,9 @@ class Description:
         hold a checkpoint of this family, and names the remedy.
     trained_file: the file, relative to the checkpoint folder, that the family's `save` is known by. Training moves it into
         place last, so the checkpoint is complete where this file exists.
+    drawing_flops: a function of the checkpoint folder and the sampling settings that returns the floating-point operations of
+        drawing one image. Time limits follow from it where they are longer than what reading the weights takes. None for a
+        family whose drawing is bound by reading weights.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Description:
     groups: tuple[str, ...]
     files: Callable[[Path, Role], list[Path]]
     trained_file: str
+    drawing_flops: Callable[[Path, Any], float] | None = None
 
 
 @dataclass

@@ -8,7 +8,8 @@ Counts are exact, except that nobody knows before how many prompts are selected 
 that all of them do. GPU hours and disk are estimates, and the report says from what:
 
 - Where speed/results has the model and the device of --device, GPU hours follow from what was measured. Otherwise they follow
-  from SECONDS, from which the workflow also derives the time limits of its jobs; those are generous, so it should take less.
+  from SECONDS and FLOPS, from which the workflow also derives the time limits of its jobs. Those are generous, so the run
+  should take less.
 - Bytes of an image are measured on the run's own images if there are any, or stated with --image-bytes.
 - GPU memory is computed from the number of weights. Activations and key-value caches come on top.
 
@@ -41,6 +42,9 @@ Row = dict[str, Any]
 # Seconds on one GPU per image and per gigabyte of weights: a generous model, as time limits need it. With 15 GB of weights,
 # drawing 1,000 images takes about 1,000 s if prompts are not batched.
 SECONDS = {"draw": 0.07, "judge": 0.02, "train": 0.02}
+# Operations a second that a GPU is taken to do where a family's drawing is bound by them: a quarter of an A100's peak in
+# float32, and a sixth in bfloat16.
+FLOPS = {"float32": 5e12, "bfloat16": 5e13}
 MEASURED = {"generation": ("draw", "engine"), "scoring": ("judge", "engine"), "training": ("train", "trl")}
 SPEEDS = Path(__file__).resolve().parents[2] / "speed" / "results"
 IMAGE_BYTES = 250_000  # assumed where nothing is known: a PNG of 384 x 384 pixels, which are 442,368 bytes uncompressed
@@ -55,6 +59,17 @@ def gigabytes(config: Config) -> float:
     """Return the size of the model's weights. Raises UserError where the checkpoint is not one of its family."""
     files = describe(config.model.family).files(Path(config.model.checkpoint), "draw")
     return sum(path.stat().st_size for path in files) / 1e9
+
+
+def limit(config: Config, work: str) -> tuple[float, str]:
+    """Return the seconds of one GPU for an image of this work, as time limits take them, and what they follow from."""
+    size, draws = gigabytes(config), describe(config.model.family).drawing_flops
+    found = SECONDS[work] * size, f"estimate, {SECONDS[work]:g} s an image and GB, {size:.3g} GB of weights"
+    if work != "draw" or draws is None:
+        return found
+    flops, rate = draws(Path(config.model.checkpoint), config.sampling()), FLOPS.get(config.model.dtype, FLOPS["bfloat16"])
+    bound = flops / rate, f"estimate, {flops / 1e12:.3g} TFLOP an image at {rate / 1e12:g} TFLOP/s"
+    return max(found, bound)
 
 
 def chosen_prompts(config: Config, name: str) -> PromptSource:
@@ -236,11 +251,7 @@ def measured(config: Config, device: str | None) -> dict[str, Speed]:
 
 def speeds(config: Config, device: str | None) -> dict[str, Speed]:
     """Return the speed of drawing, judging and training: what was measured, or else the model behind the time limits."""
-    size = gigabytes(config)
-    limits = {
-        work: Speed(seconds * size, f"estimate, {seconds:g} s an image and GB, {size:.3g} GB of weights")
-        for work, seconds in SECONDS.items()
-    }
+    limits = {work: Speed(*limit(config, work)) for work in SECONDS}
     return limits | measured(config, device)
 
 

@@ -71,8 +71,22 @@ def token_rows(rows: TokenRows, material: Material) -> Any:
     """Return a `datasets.Dataset` whose rows are token ids, made when the trainer asks for them."""
     from datasets import Dataset
 
-    def made(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        places = batch["row"]
+    return Dataset.from_dict({"row": list(range(len(material.schedule)))}).with_transform(TokenIds(rows, material))
+
+
+@dataclass
+class TokenIds:
+    """Makes the columns that TRL's trainers read, from the places of rows in the schedule."""
+
+    rows: TokenRows
+    material: Material
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """`datasets` pickles a transform to hash it, and `rows` refers to the whole model, which would be copied for that."""
+        return TokenIds, ()
+
+    def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        rows, material, places = self.rows, self.material, batch["row"]
         texts = material.texts(places)
         chosen = rows.ids(texts, material.pictures(places, "chosen"))
         columns: dict[str, list[Any]] = {}
@@ -93,8 +107,6 @@ def token_rows(rows: TokenRows, material: Material) -> Any:
         if material.anchors:
             columns["anchor"] = [place % material.anchors for place in places]
         return columns
-
-    return Dataset.from_dict({"row": list(range(len(material.schedule)))}).with_transform(made)
 
 
 class LossRows(torch.utils.data.Dataset):

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer import dpo_trainer
 
 from stages.common.config import Train
 from stages.common.errors import UserError
@@ -403,9 +404,15 @@ def trainer_arguments(job: Job, cpu: bool, bf16: bool) -> dict[str, Any]:
     }
 
 
-def one_gpu(arguments: TrainingArguments) -> None:
-    """Let a process train on one GPU, even if it sees several: transformers would otherwise divide each batch among them."""
+def one_gpu(arguments: TrainingArguments, device: torch.device) -> None:
+    """Let a process train on one GPU, the model's, even if it sees several.
+
+    transformers would otherwise divide each batch among them, and a process alone would move its model to the first one.
+    """
     arguments._n_gpu = min(1, arguments.n_gpu)
+    if device.type == "cuda" and device.index is not None:
+        arguments.__dict__["_setup_devices"] = device  # the cached property behind arguments.device
+        torch.cuda.set_device(device)
 
 
 def token_trainer(job: Job, shared: dict[str, Any], adapters: Any) -> Any:
@@ -421,10 +428,12 @@ def token_trainer(job: Job, shared: dict[str, Any], adapters: Any) -> Any:
             loss_weights=[1.0, settings.nll_weight] if settings.nll_weight else [1.0],
             precompute_ref_log_probs=True,
         )
+        # TRL names its cache of reference log-probabilities by a hash of all weights. TokenDPO has no such cache.
+        dpo_trainer.hash_module = lambda module: ""
     else:
         kind, arguments = TokenSFT, SFTConfig(**shared, dataset_kwargs={"skip_prepare_dataset": True})
     assert job.view.token_rows is not None
-    one_gpu(arguments)
+    one_gpu(arguments, next(job.view.model.parameters()).device)
     return kind(
         model=job.view.model,
         args=arguments,
@@ -443,7 +452,7 @@ def row_loss_trainer(job: Job, shared: dict[str, Any], adapters: Any) -> Any:
 
         model = get_peft_model(model, adapters)  # type: ignore[arg-type]
     arguments = TrainingArguments(**shared)
-    one_gpu(arguments)
+    one_gpu(arguments, next(job.view.model.parameters()).device)
     trainer = RowLossTrainer(
         model=model,
         args=arguments,

@@ -21,7 +21,7 @@ rule generate:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        gpu=GPUS,
+        gpu=gpus_asked(GPUS),
         mem_mb=megabytes(2),
         runtime=minutes_for("draw", shard_images),
     params:
@@ -34,7 +34,7 @@ rule generate:
         sampling=lambda wildcards: read_by(
             "stages.generate", settings_of(wildcards.node).sampling(), uses=uses_of(wildcards.node)
         ),
-        shards=len(SHARDS),
+        shards=lambda wildcards: len(shards_of(wildcards.set)),
         model=lambda wildcards: model_identity(settings_of(wildcards.node)),
         seed=settings.seed,
     message:

@@ -13,6 +13,7 @@ from stages.common.errors import UserError
 from stages.common.fingerprints import code, read_settings
 from stages.common.registry import entry
 from stages.families import describe
+from stages.families.tools.checkpoints import preprocessing_files
 from stages.judges import judge_kind
 from stages.tools import arms as arm_tree
 from stages.tools import cost, recipe, rescoring
@@ -57,7 +58,6 @@ USES = [entry("FAMILIES", settings.model.family)]  # the registry entries that d
 RUN = f"results/{settings.run}"
 CONFIG = f"{RUN}/run_config.yaml"
 PAPER = str(Path(workflow.basedir) / "stages/paper/results.csv")  # the results of arXiv 2507.16663
-SHARDS = [f"{number:04d}" for number in range(settings.generate.shards)]
 BENCHMARKS = list(settings.benchmarks)
 JUDGED = [name for name in BENCHMARKS if settings.benchmarks[name].judge]  # those with an external judge
 UNDERSTANDING = list(settings.understanding)

@@ -64,7 +64,7 @@ rule understand:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        gpu=GPUS,
+        gpu=gpus_asked(GPUS),
         mem_mb=megabytes(2),
         runtime=minutes_for("judge", understanding_questions),
     params:

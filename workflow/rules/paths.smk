@@ -37,14 +37,11 @@ def uses_of(node):
 
 
 def checkpoint_files(node, role):
-    """Return the files that identify a node's model in a role: when one changes, it is another model."""
-    if node in AUDITED:
-        chosen = AUDITED[node].model
-        return [str(path) for path in describe(chosen.family).files(Path(chosen.checkpoint), role)]
-    model = model_of(node, role)
-    if model not in UNTRAINED:
-        return [f"{RUN}/{model}/checkpoint/{FAMILY.trained_file}"]
-    return [str(path) for path in FAMILY.files(Path(UNTRAINED[model]), role)]
+    """Return the files on which the results of a node's model in a role depend: its weights, tokenizer and image processor."""
+    if node not in AUDITED and model_of(node, role) not in UNTRAINED:
+        return [f"{RUN}/{model_of(node, role)}/checkpoint/{FAMILY.trained_file}"]
+    folder, family = Path(checkpoint_folder(node, role)), describe(settings_of(node).model.family)
+    return [str(path) for path in [*family.files(folder, role), *preprocessing_files(folder)]]
 
 
 def checkpoint_folder(node, role="draw"):
@@ -108,9 +105,22 @@ def compared_with(node):
     return node if node in AUDITED else "base"
 
 
+def shards_of(name):
+    """Return the numbers of the pieces of a set of prompts."""
+    benchmark = settings.benchmarks.get(name)
+    count = benchmark.shards if benchmark and benchmark.shards else settings.generate.shards
+    return [f"{number:04d}" for number in range(count)]
+
+
 def shard_files(node, kind, images):
     """Return the manifests of all shards. kind: candidates, scores, scores-of-base, or verdicts/<judge>."""
-    return expand(f"{RUN}/{node}/{kind}/{images}/{{shard}}.parquet", shard=SHARDS)
+    return expand(f"{RUN}/{node}/{kind}/{images}/{{shard}}.parquet", shard=shards_of(images))
+
+
+def shard_range(node, kind, images):
+    """Return the same files in one word, {0000..0199}, which bash expands: its command lines are limited to 128 KiB."""
+    shards = shards_of(images)
+    return f"{RUN}/{node}/{kind}/{images}/{{{shards[0]}..{shards[-1]}}}.parquet"
 
 
 def candidate_manifest(wildcards):
@@ -313,9 +323,8 @@ def audited_files(kind):
 
 
 def audited_arguments(kind, folders):
-    """Return the arguments that give a stage these files. The shards are written as {0000..0199}, as in the judge report."""
-    shards = f"{{{SHARDS[0]}..{SHARDS[-1]}}}.parquet"
-    return [f"--{kind} {name} {model} {RUN}/{model}/{folder}/{name}/{shards}" for name, model, folder in folders]
+    """Return the arguments that give a stage these files."""
+    return [f"--{kind} {name} {model} {shard_range(model, folder, name)}" for name, model, folder in folders]
 
 
 def audit_files():
@@ -369,7 +378,7 @@ def shown_pairs():
 def shown_verdicts():
     """Return the verdicts shown on the contact sheet, which are those of the first benchmark's judge."""
     judge = settings.benchmarks[BENCHMARKS[0]].judge
-    return [f"{RUN}/{node}/verdicts/{judge}/{BENCHMARKS[0]}/{SHARDS[0]}.parquet" for node in EVALUATED] if judge else []
+    return [f"{RUN}/{node}/verdicts/{judge}/{BENCHMARKS[0]}/0000.parquet" for node in EVALUATED] if judge else []
 
 
 def reported_sets():
@@ -390,13 +399,9 @@ def reported_files(kind):
 
 
 def reported_arguments(kind):
-    """Return the arguments that give the judge report these files.
-
-    The shards are written as {0000..0199}, which bash expands, because a command line for bash is limited to 128 KiB.
-    """
-    shards = f"{{{SHARDS[0]}..{SHARDS[-1]}}}.parquet"
+    """Return the arguments that give the judge report these files."""
     folders = [(name, node, "scores" if kind == "scores" else verdicts) for name, node, verdicts in reported_sets()]
-    return [f"--{kind} {name} {node} {RUN}/{node}/{folder}/{name}/{shards}" for name, node, folder in folders if folder]
+    return [f"--{kind} {name} {node} {shard_range(node, folder, name)}" for name, node, folder in folders if folder]
 
 
 def template_files():

@@ -66,7 +66,7 @@ if BENCHMARKS:
             scores=shard_files("base", "scores", "train"),
             pairs=shown_pairs(),
             evaluation=f"{RUN}/prompts/{BENCHMARKS[0]}.parquet",
-            drawn=[f"{RUN}/{node}/candidates/{BENCHMARKS[0]}/{SHARDS[0]}.parquet" for node in EVALUATED],
+            drawn=[f"{RUN}/{node}/candidates/{BENCHMARKS[0]}/0000.parquet" for node in EVALUATED],
             verdicts=shown_verdicts(),
         output:
             report(f"{RUN}/contact_sheet.png", caption="../report/contact_sheet.rst", category="Results"),

@@ -6,7 +6,21 @@ The profile's set-resources can override them. What work takes how long is in st
 
 from functools import cache
 
+from stages.tools.gpus import gpu_is_here
+
 GPUS = 0 if settings.model.device == "cpu" else settings.model.workers or 1
+# On a machine of its own, one job with GPUs runs at a time, and uses what it sees. Snakemake would otherwise start as many of them
+# as it has cores, all on the first GPU. `--resources gpu=N` states another limit.
+ALONE = (
+    workflow.local_exec and workflow.is_main_process and GPUS > 0 and "gpu" not in workflow.global_resources and gpu_is_here()
+)
+if ALONE:
+    workflow.register_resource("gpu", 1)
+
+
+def gpus_asked(count):
+    """Return how many GPUs a job asks the scheduler for."""
+    return min(count, 1) if ALONE else count
 
 
 @cache
@@ -19,6 +33,11 @@ def gigabytes(node):
     return cost.gigabytes(settings_of(node))
 
 
+@cache
+def seconds(node, work):
+    return cost.limit(settings_of(node), work)[0]
+
+
 def megabytes(copies):
     """Return the memory of a node, in MB, for that many copies of the weights and for Python with its libraries."""
     return lambda wildcards, attempt: attempt * int(4000 + 1000 * copies * gigabytes(wildcards.get("node", "base")))
@@ -27,14 +46,14 @@ def megabytes(copies):
 def minutes_for(work, count, gpus=lambda wildcards: 1):
     """Return the minutes for `count` images or rows on `gpus` GPUs, both functions of the wildcards, plus 30 for start-up."""
     return lambda wildcards, attempt: attempt * int(
-        30 + cost.SECONDS[work] * gigabytes(wildcards.get("node", "base")) * count(wildcards) / gpus(wildcards) / 60
+        30 + seconds(wildcards.get("node", "base"), work) * count(wildcards) / gpus(wildcards) / 60
     )
 
 
 def shard_images(wildcards):
     """Return the number of images in a shard."""
     name = "train" if wildcards.set == "replay" else wildcards.set
-    return prompt_count(name) * images_per_prompt(wildcards) / len(SHARDS)
+    return prompt_count(name) * images_per_prompt(wildcards) / len(shards_of(name))
 
 
 def understanding_questions(wildcards):

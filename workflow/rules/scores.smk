@@ -21,7 +21,7 @@ rule score:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        gpu=GPUS,
+        gpu=gpus_asked(GPUS),
         mem_mb=megabytes(2),
         runtime=minutes_for("judge", shard_images),
     params:
@@ -89,6 +89,6 @@ use rule judge as judge_on_gpu with:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        gpu=GPUS,
+        gpu=gpus_asked(GPUS),
         mem_mb=megabytes(2),
         runtime=minutes_for("judge", shard_images),

@@ -28,7 +28,7 @@ rule reference:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        gpu=min(GPUS, 1),
+        gpu=gpus_asked(min(GPUS, 1)),
         mem_mb=megabytes(2),
         runtime=minutes_for("judge", reference_images),
     params:
@@ -106,7 +106,7 @@ rule train:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        gpu=lambda wildcards: training_processes(wildcards) if GPUS else 0,
+        gpu=lambda wildcards: gpus_asked(training_processes(wildcards)) if GPUS else 0,
         gres=gpus_of_each_node,
         nodes=training_nodes,
         tasks=training_nodes,

@@ -10,7 +10,7 @@ from pydantic import Field
 from stages.common.errors import UserError
 from stages.common.settings import Positive, Section
 from stages.families.base import Description, Role
-from stages.families.tools.checkpoints import require_model_type
+from stages.families.tools.checkpoints import read_config, require_model_type
 
 REMEDY = "upstream's files are converted by python -m stages.families.show_o.convert"
 WEIGHTS, PICTURES, TRAINING = "model.safetensors", "vq.safetensors", "training.json"
@@ -41,6 +41,19 @@ def files(checkpoint: Path, role: Role) -> list[Path]:
     return [checkpoint / name for name in [*names, *([TRAINING] if role == "train" else [])]]
 
 
+def drawing_flops(checkpoint: Path, sampling: ShowOSampling) -> float:
+    """Return the floating-point operations of one image: each step sends all image tokens through the transformer.
+
+    Under guidance, each does so twice. Text is not counted, because it is computed once, and neither is MAGVIT-v2.
+    """
+    fields = read_config(checkpoint)
+    text, tokens = fields["text_config"], fields["image_tokens"] + 2
+    hidden, layers = text["hidden_size"], text["num_hidden_layers"]
+    weights = layers * hidden * (4 * hidden + 2 * text["intermediate_size"])
+    attention = 4 * tokens**2 * hidden * layers
+    return sampling.steps * (2 if sampling.guidance_scale > 0 else 1) * (2 * tokens * weights + attention)
+
+
 SHOW_O = Description(
     name="show_o",
     loader="stages.families.show_o.family:ShowO",
@@ -58,4 +71,5 @@ SHOW_O = Description(
     groups=("llm", "projector", "vision"),
     files=files,
     trained_file=WEIGHTS,
+    drawing_flops=drawing_flops,
 )

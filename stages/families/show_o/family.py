@@ -143,7 +143,9 @@ class ShowO:
 
         def some(part: slice) -> torch.Tensor:
             pixels = square(images[part], self.side).astype(np.float32)  # not by torch: `stages.dynamics.precision` raises that
-            return self.vq.encode((torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5)
+            # TF32, which cuDNN would take on a GPU, has the mantissa of float16, and many latents are near 0.
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                return self.vq.encode((torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5)
 
         return torch.cat(self.memory.pieces("encoding", len(images), self._pixels_at_once(), some))
 

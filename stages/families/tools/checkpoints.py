@@ -11,6 +11,11 @@ from typing import Any
 from stages.common.errors import UserError
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# Of transformers' tokenizers and image processors.
+PREPROCESSING = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "processor_config.json", "preprocessor_config.json",
+)  # fmt: skip
 
 
 def require_folder(checkpoint: Path) -> None:
@@ -59,6 +64,14 @@ def require_model_type(checkpoint: Path, expected: str, remedy: str = "") -> Non
             "set model.family or model.checkpoint"
         )
     require_safetensors(checkpoint, remedy)
+
+
+def preprocessing_files(checkpoint: Path) -> list[Path]:
+    """Return the files that say how this checkpoint's prompts become tokens and its images become pixels.
+
+    Results depend on them. Candidate ids do not, since these follow from the identity of the weights (`checkpoint_hash`).
+    """
+    return [path for name in PREPROCESSING if (path := checkpoint / name).is_file()]
 
 
 def files_hash(checkpoint: Path, files: list[Path]) -> str:
