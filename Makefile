@@ -150,7 +150,7 @@ MACHINE = $(shell nproc --all) cores of $(shell sed -n 's/^model name.*: //p' /p
 dynamics: setup
 	@for seed in $(DYNAMICS_SEEDS); do \
 		PATH="$(CURDIR)/$(BIN):$$PATH" snakemake dynamics --cores $(CORES) --configfile config.yaml \
-			--config run=dynamics-$$seed seed=$$seed $(DYNAMICS) || exit 1; \
+			--config run=dynamics-$$seed seed=$$seed $(if $(DYNAMICS),'$(DYNAMICS)') || exit 1; \
 	done
 	$(BIN)/python -m stages.dynamics.page --dynamics $(DYNAMICS_SEEDS:%=results/dynamics-%/dynamics) \
 		--facts "make dynamics, seeds $(DYNAMICS_SEEDS), $(or $(DYNAMICS),settings of config.yaml), models/tiny-janus, $(MACHINE)" \

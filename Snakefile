@@ -60,7 +60,7 @@ rule precision:
 
 
 onstart:
-    interrupted.write_owner(Path("."))
+    interrupted.write_owner(Path("."), settings.run)
     cancel_orphans()
     write_jobs(anew=write_run_config())
 

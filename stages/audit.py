@@ -245,10 +245,11 @@ def weak_generation_by(images: Sequence[Images], further: Sequence[str]) -> Iter
         yield of_rate("weak_generation_by", rates.share(verdicts[refused] == 0, prompts[refused]), 100, judge=OWN, other=name)
 
 
-def pick(rows: Iterable[Row], measure: str, stratum: str | None = None, category: str | None = None) -> Row | None:
+def pick(rows: Iterable[Row], measure: str, stratum: str | None = None, place: Place | None = None) -> Row | None:
     """Return a model's row of a measure in a category, a stratum (without a category) or all of them (without a stratum)."""
-    wanted = (measure, stratum, category)
-    return next((row for row in rows if (row["measure"], row.get("stratum"), row.get("category")) == wanted), None)
+    wanted = (measure, stratum, *(place or (None, None)))
+    fields = ("measure", "stratum", "benchmark", "category")
+    return next((row for row in rows if tuple(map(row.get, fields)) == wanted), None)
 
 
 # The forecast
@@ -462,7 +463,7 @@ def non_table(config: Config, strata: dict[str, list[Place]], rows: Sequence[Row
         own = [row for row in rows if row["model"] == model]
         cells = {(ALL, MEAN): cell(pick(own, "non"))}
         for stratum, places in strata.items():
-            cells |= {(stratum, f"{b} {c}"): cell(pick(own, "non", stratum, c)) for b, c in places}
+            cells |= {(stratum, " ".join(place)): cell(pick(own, "non", stratum, place)) for place in places}
             cells[stratum, MEAN] = cell(pick(own, "non", stratum))
         table.append(Line(model, config.run, cells))
         if known := paper_line(config, model, strata, paper):
@@ -591,8 +592,8 @@ def plot(config: Config, strata: dict[str, list[Place]], rows: Sequence[Row], fo
     FigureCanvasAgg(figure)
     ((gap, branches), (amount, gain)) = figure.subplots(2, 2, width_ratios=(3, 2))
 
-    columns = [(stratum, place[1]) for stratum, places in strata.items() for place in places]
-    bars(gap, models, [category for _, category in columns], lambda model, place: pick(of[model], "non", *columns[place]))
+    columns = [(stratum, place) for stratum, places in strata.items() for place in places]
+    bars(gap, models, [category for _, (_, category) in columns], lambda model, place: pick(of[model], "non", *columns[place]))
     edge = 0
     for number, (stratum, places) in enumerate(strata.items()):
         gap.axvspan(edge - 0.5, edge + len(places) - 0.5, color="#f2f2f7" if number % 2 == 0 else "white", zorder=0)

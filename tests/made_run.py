@@ -141,8 +141,8 @@ class Made:
         return waiting
 
 
-def config_of(run: str) -> Config:
-    small = merged(SMALL, {"run": run, "generate": {"candidates": 4}})
+def config_of(run: str, shard_count: int = 2) -> Config:
+    small = merged(SMALL, {"run": run, "generate": {"candidates": 4, "shards": shard_count}})
     return validate(small | {"arms": ARMS}, "test")
 
 
@@ -150,7 +150,7 @@ def make_run(
     folder: Path, training: int = 30, held_out: int = 12, candidates: int = 4, shard_count: int = 2, side: int = 24
 ) -> Path:
     """Write a whole run, but for tables and pictures, and return its folder."""
-    config = config_of(folder.name)
+    config = config_of(folder.name, shard_count)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run_config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
     made = Made(folder, shard_count=shard_count, side=side)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from stages.families.toy.family import write_checkpoint
 
-from stages.audit import decide, strata_of
+from stages.audit import decide, pick, strata_of
 from stages.common import manifests
 from stages.common.config import Audit, Pairs, load, validate
 from stages.common.errors import UserError
@@ -389,6 +389,16 @@ def test_the_tables_have_the_papers_number_only_where_it_can_be_compared(known):
         latex = (folder / f"audit/{name}.tex").read_text()
         assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") > 0
     assert (folder / "audit/audit.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_category_that_two_benchmarks_share_has_the_number_of_each():
+    rows = [
+        {"measure": "non", "stratum": "easy", "benchmark": name, "category": "color", "value": value}
+        for name, value in (("first", 10.0), ("second", 90.0))
+    ]
+    rows.append({"measure": "non", "stratum": "easy", "benchmark": None, "category": None, "value": 50.0})
+    assert [pick(rows, "non", "easy", (name, "color"))["value"] for name in ("first", "second")] == [10.0, 90.0]
+    assert pick(rows, "non", "easy")["value"] == 50.0
 
 
 def test_equal_inputs_give_equal_files_and_missing_ones_are_named(known, tmp_path):

@@ -1,29 +1,39 @@
 """What a killed Snakemake leaves: its lock is removed at the start of the next run, and by nothing else."""
 
+import json
 import os
 import subprocess
 
 from stages.tools.interrupted import (
     Job,
     cancel_orphans,
-    owner_is_dead,
+    has_died,
     read_jobs,
-    release_stale_lock,
+    release_stale_locks,
     write_jobs,
     write_owner,
 )
 from tests.helpers import completed, write_config
 
 
-def locked(folder, process: int | None = None):
-    """A folder with a lock whose owner is this process or another one of this machine."""
+def owned(folder, run: str = "x", process: int | None = None, host: str = "") -> None:
+    """Record that a run is executed by this process, or by another one, on this machine or on another one."""
+    write_owner(folder, run)
+    (path,) = (folder / ".snakemake/selfgap-owners").glob(f"*-{os.getpid()}.json")
+    text = path.read_text()
+    if process is not None or host:
+        path.unlink()
+        record = json.loads(text)
+        record |= {"process": process or record["process"], "host": host or record["host"]}
+        path.with_name(f"{record['host']}-{record['process']}.json").write_text(json.dumps(record))
+
+
+def locked(folder, **owner):
+    """A folder with a lock and the record of an owner."""
     (folder / ".snakemake/locks").mkdir(parents=True)
     lock = folder / ".snakemake/locks/0.input.lock"
     lock.write_text("results/x\n")
-    write_owner(folder)
-    if process is not None:
-        path = folder / ".snakemake/selfgap-owner.json"
-        path.write_text(path.read_text().replace(str(os.getpid()), str(process)))
+    owned(folder, **owner)
     return lock
 
 
@@ -34,30 +44,45 @@ def dead_process() -> int:
 
 
 def test_the_lock_of_a_dead_owner_is_removed(tmp_path):
-    lock = locked(tmp_path, dead_process())
-    assert owner_is_dead(tmp_path)
-    release_stale_lock(tmp_path)
+    lock = locked(tmp_path, process=dead_process())
+    assert has_died(tmp_path, "x")
+    assert not has_died(tmp_path, "another")
+    release_stale_locks(tmp_path)
     assert not lock.exists()
 
 
 def test_the_lock_of_a_living_owner_stays(tmp_path):
     lock = locked(tmp_path)
-    assert not owner_is_dead(tmp_path)
-    release_stale_lock(tmp_path)
+    assert not has_died(tmp_path, "x")
+    release_stale_locks(tmp_path)
     assert lock.exists()
 
 
 def test_the_lock_of_another_machine_stays(tmp_path):
-    lock = locked(tmp_path, dead_process())
-    path = tmp_path / ".snakemake/selfgap-owner.json"
-    path.write_text(path.read_text().replace('"host": "', '"host": "other-'))
-    release_stale_lock(tmp_path)
+    lock = locked(tmp_path, process=dead_process(), host="another")
+    release_stale_locks(tmp_path)
     assert lock.exists()
+
+
+def test_a_second_run_in_the_folder_leaves_the_lock_and_the_record_of_the_first(tmp_path):
+    lock = locked(tmp_path, run="first", process=os.getppid())
+    owned(tmp_path, run="second", process=dead_process())
+    release_stale_locks(tmp_path)
+    assert lock.exists()
+    assert not has_died(tmp_path, "first")
+    assert has_died(tmp_path, "second")
+
+
+def test_a_run_that_starts_again_replaces_its_record_of_another_machine(tmp_path):
+    owned(tmp_path, process=7, host="another")
+    assert not has_died(tmp_path, "x")
+    write_owner(tmp_path, "x")
+    assert len(list((tmp_path / ".snakemake/selfgap-owners").iterdir())) == 1
 
 
 def test_reading_the_workflow_leaves_a_lock_and_a_run_removes_it(tmp_path):
     write_config(tmp_path)
-    lock = locked(tmp_path, dead_process())
+    lock = locked(tmp_path, process=dead_process())
     completed(tmp_path, "--list-rules")
     completed(tmp_path, "-n", "results/small/prompts/train.parquet")
     assert lock.exists()
@@ -75,8 +100,18 @@ def test_only_jobs_of_this_folder_are_cancelled(tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    owned(mine)
     assert cancel_orphans(mine) == ["11"]
     assert (tmp_path / "cancelled").read_text() == "11\n"
+
+
+def test_no_job_is_cancelled_while_another_run_may_be_executed(tmp_path, monkeypatch):
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho '11   {tmp_path.resolve()}/.snakemake/slurm_logs/a.log'\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    owned(tmp_path, run="first", process=os.getppid())
+    owned(tmp_path, run="second")
+    assert cancel_orphans(tmp_path) == []
 
 
 def test_planned_jobs_are_kept_until_the_configuration_changes(tmp_path):

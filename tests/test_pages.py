@@ -233,6 +233,34 @@ def test_a_run_that_has_only_begun_has_pages(made, tmp_path):
     assert not (folder / "pages/gallery/validation").exists()
 
 
+def test_pieces_that_an_earlier_configuration_has_left_are_not_shown(made, tmp_path):
+    folder = tmp_path / "made"
+    shutil.copytree(made, folder)
+    for ending in ("parquet", "tar"):
+        shutil.copy(folder / f"base/candidates/train/0001.{ending}", folder / f"base/candidates/train/0002.{ending}")
+    shutil.copy(folder / "base/scores/train/0001.parquet", folder / "base/scores/train/0002.parquet")
+    done("browse", folder)
+    assert shown(folder, "train") == shown(made, "train")
+
+
+def test_rows_that_join_without_a_replay_are_not_called_recovered(made, tmp_path):
+    folder = tmp_path / "made"
+    shutil.copytree(made, folder)
+    config = yaml.safe_load((folder / "run_config.yaml").read_text())
+    config["arms"]["c-sft-more"] = config["arms"]["c-sft"] | {"replay_by": "nobody"}
+    (folder / "run_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (folder / "sft-epoch1-by-nobody/replay").mkdir(parents=True)
+    shutil.copy(folder / "sft/pairs.parquet", folder / "sft-epoch1-by-nobody/replay/pairs.parquet")
+    done("browse", folder)
+
+    def recovered(run: Path) -> set[str]:
+        index = data(run / "pages/gallery/train/index.js")
+        return {name for name, _, bits, _ in index["prompts"] if bits & gallery.RECOVERED}
+
+    assert recovered(folder) == recovered(made)
+    assert "c-sft-more: further rows after epoch 1" in (folder / "report.html").read_text()
+
+
 def test_missing_shards_and_missing_jobs_are_told(made, tmp_path):
     folder = tmp_path / "made"
     shutil.copytree(made, folder)

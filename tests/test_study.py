@@ -216,6 +216,28 @@ def test_the_study_says_what_was_trained_on(runs, tmp_path, monkeypatch):
     assert (constant["difference"], constant["ci_low"]) == ("12.5", ""), "no interval of width zero"
 
 
+def test_a_precision_is_not_known_before_the_judge_has_seen_all_rows(runs, tmp_path, monkeypatch):
+    again = shutil.copytree(runs[0], tmp_path / "again")
+    shutil.rmtree(again / "sft-epoch1/verdicts/shapes/replay")
+    tables = study_of(monkeypatch, tmp_path, [again])
+    values = {
+        (arm, metric): row_of(tables["out"], benchmark="train", arm=arm, metric=metric)["value"]
+        for arm in ("sft", "c-sft")
+        for metric in ("chosen_precision", "trained_precision")
+    }
+    assert values["c-sft", "trained_precision"] == "", "without the replayed rows, it would be that of sft"
+    assert values["c-sft", "chosen_precision"] == values["sft", "chosen_precision"] == values["sft", "trained_precision"] != ""
+
+
+def test_pieces_that_an_earlier_configuration_has_left_are_not_counted(runs, tmp_path, monkeypatch):
+    again = shutil.copytree(runs[0], tmp_path / "again")
+    for path in again.glob("*/scores/validation/0000.parquet"):
+        shutil.copy(path, path.with_name("0007.parquet"))
+    for path in again.glob("*/verdicts/shapes/validation/0000.parquet"):
+        shutil.copy(path, path.with_name("0007.parquet"))
+    assert study_of(monkeypatch, tmp_path, [again])["out"] == study_of(monkeypatch, tmp_path, [runs[0]])["out"]
+
+
 def test_the_study_says_whether_judging_of_scenes_improves(runs, tmp_path, monkeypatch):
     tables = study_of(monkeypatch, tmp_path, runs)
     for metric in ("adversarial_accuracy", "pair_accuracy", "pair_auc", "caption_true"):

@@ -134,10 +134,10 @@ def fate(chosen: list[Selection], number: int) -> tuple[int, list[Row]]:
     """Return what the selections did with a prompt, as bits and in rows for people."""
     bits, found = 0, []
     for selection in chosen:
-        again = selection.epoch is not None
+        later, again = selection.epoch is not None, selection.pool is not None
         pairs = selection.pairs[number]
         left = selection.discard[number]
-        if again and not (pairs or (selection.pool and selection.pool[number])):
+        if later and not (pairs or (selection.pool and selection.pool[number])):
             continue
         margins = [row["margin"] for row in pairs if row["margin"] is not None]
         facts: Row = {"by": selection.label, "rows": len(pairs), "margin": max(margins, default=None)}
@@ -145,7 +145,7 @@ def fate(chosen: list[Selection], number: int) -> tuple[int, list[Row]]:
             facts |= {"reason": left[0]["reason"], "best": left[0]["best_p_yes"]}
         if pairs:
             bits |= RECOVERED if again else SELECTED
-        elif left and not again:
+        elif left and not later:
             bits |= POOL if left[0]["reason"] == "no_accepted" else UNPAIRED
         found.append({key: value for key, value in facts.items() if value is not None} | {"replay": again})
     return bits, found

@@ -18,7 +18,7 @@ from PIL import Image
 from stages.common import manifests
 from stages.pages import plots
 from stages.pages.render import package_version, page
-from stages.pages.run import BASE, Run, read_columns
+from stages.pages.run import BASE, Run, read_columns, what_joins
 from stages.tools import arms
 
 Row = dict[str, Any]
@@ -152,7 +152,9 @@ def selection(run: Run) -> Grid | None:
     tree = arms.nodes(run.config)
     for replay in run.replays():
         names = [arm for arm in run.config.arms if replay.name in tree[arm].replays]
-        places.append((run.folder / replay.name / "replay", f"{', '.join(names)}: replay after epoch {replay.node.epoch}"))
+        places.append(
+            (run.folder / replay.name / "replay", f"{', '.join(names)}: {what_joins(replay)} after epoch {replay.node.epoch}")
+        )
     for folder, label in places:
         if not (folder / "pairs.parquet").exists():
             continue

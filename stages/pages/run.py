@@ -54,8 +54,12 @@ class Run:
         return self.folder / "prompts" / f"{name}.parquet"
 
     def shards(self, group: Group, kind: str) -> list[Path]:
-        """Return the manifests of a group that exist, in order. kind: candidates, scores, or verdicts/<judge>."""
-        return sorted((self.folder / group.name / kind / group.images).glob("*.parquet"))
+        """Return the manifests of a group that exist, in order. kind: candidates, scores, or verdicts/<judge>.
+
+        Pieces that an earlier configuration with more of them has left are not among them.
+        """
+        folder = self.folder / group.name / kind / group.images
+        return [path for shard in self.config.shards(group.images) if (path := folder / f"{shard}.parquet").exists()]
 
     def models(self) -> list[str]:
         """Return the models that draw benchmarks: base, baselines, checkpoints in the order of training, and audited models."""
@@ -183,6 +187,11 @@ class ByPrompt:
         return self._table.slice(start, end - start).to_pylist() if end > start else []
 
 
+def what_joins(replay: arms.Replay) -> str:
+    """Return in words what joins the data: in a control where nothing is drawn, these are further rows of the first round."""
+    return "replay" if replay.draws else "further rows"
+
+
 @dataclass(frozen=True)
 class Selection:
     """What one selection took and left out. arms: the arms that share it. epoch: of a replay, or None for the first."""
@@ -217,6 +226,6 @@ def selections(run: Run, prompts: pa.Table) -> list[Selection]:
         add(run.folder / owner, ", ".join(names), names, None, drawn_again=False)
     for replay in run.replays():
         names = [arm for arm in config.arms if replay.name in tree[arm].replays]
-        label = f"{', '.join(names)}: replay after epoch {replay.node.epoch}"
-        add(run.folder / replay.name / "replay", label, names, replay.node.epoch, drawn_again=True)
+        label = f"{', '.join(names)}: {what_joins(replay)} after epoch {replay.node.epoch}"
+        add(run.folder / replay.name / "replay", label, names, replay.node.epoch, drawn_again=replay.draws is not None)
     return found

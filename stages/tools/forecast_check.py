@@ -58,10 +58,10 @@ def audited(run: Path, config: Config) -> dict[str, dict[Place, Images]]:
     first: dict[Place, Images] = {}
     for name, benchmark in config.benchmarks.items():
         prompts = manifests.read_rows(run / "prompts" / f"{name}.parquet", "prompts")
-        scores = files(run, "base", "scores", name)
-        verdicts = files(run, "base", "verdicts", benchmark.judge, name) if benchmark.judge else []
+        scores = files(run, config, name, "base", "scores")
+        verdicts = files(run, config, name, "base", "verdicts", benchmark.judge) if benchmark.judge else []
         images = read_images(config, name, prompts, scores, verdicts, "base")
-        drawn = manifests.read_rows(files(run, "base", "candidates", name), "candidates", without=("tokens", "latents"))
+        drawn = manifests.read_rows(files(run, config, name, "base", "candidates"), "candidates", without=("tokens", "latents"))
         firsts = [row["candidate_id"] for row in drawn if row["index"] == 0]
         every |= images
         first |= {place: part.only(np.isin(part.candidate, firsts)) for place, part in images.items()}
@@ -74,7 +74,8 @@ def selected(run: Path, config: Config, arm: str) -> dict[str, Value]:
     waiting = [row for row in manifests.read_rows(run / arm / "discard.parquet", "discard") if row["reason"] == "no_accepted"]
     prompts = len(manifests.read_rows(run / "prompts/train.parquet", "prompts"))
     judge = external_judge(config, "train")
-    right, judged = true_share(run, "base", judge, "train", [row["chosen"] for row in pairs]) if judge else (0, 0)
+    chosen = [row["chosen"] for row in pairs]
+    right, judged = (true_share(run, config, judge, "train", "base", chosen) if judge else None) or (0, 0)
     return {
         "rows": Value(float(len(pairs))),
         "selected": Value(100 * len({row["prompt_id"] for row in pairs}) / prompts),

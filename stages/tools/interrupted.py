@@ -1,7 +1,7 @@
 """The remains of a killed Snakemake: its lock, its jobs in SLURM's queue, and the list of its planned jobs.
 
-The process that owns a run is recorded in `.snakemake/` in Snakemake's working folder, so that the next call can check whether
-that process is still alive.
+Every Snakemake that executes records its process and its run in `.snakemake/selfgap-owners/` below its working folder, so that
+the next one can check which of them are still alive. Several runs may be executed in one folder at the same time.
 """
 
 from __future__ import annotations
@@ -27,28 +27,53 @@ class Job:
     log: str
 
 
-def write_owner(folder: Path) -> None:
-    """Record that this process runs the workflow in the folder."""
-    path = folder / ".snakemake" / "selfgap-owner.json"
-    path.parent.mkdir(exist_ok=True)
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
+@dataclass(frozen=True)
+class Owner:
+    """A process that executes, or has executed, a run."""
+
+    host: str
+    process: int
+    run: str
+
+    def is_dead(self) -> bool:
+        """Return whether the process ran on this machine and no longer exists. Nothing is known of other machines."""
+        return self.host == socket.gethostname() and not process_lives(self.process)
 
 
-def owner_is_dead(folder: Path) -> bool:
-    """Return whether the last run in the folder was started on this machine by a process that no longer exists."""
-    path = folder / ".snakemake" / "selfgap-owner.json"
-    if not path.exists():
-        return False
-    owner = json.loads(path.read_text())
-    return owner["host"] == socket.gethostname() and not process_lives(owner["process"])
+def owners(folder: Path) -> dict[Path, Owner]:
+    """Return the recorded processes of a working folder, by the file of the record."""
+    return {path: Owner(**json.loads(path.read_text())) for path in (folder / ".snakemake/selfgap-owners").glob("*.json")}
 
 
-def release_stale_lock(folder: Path) -> None:
-    """Remove the lock of a dead process that ran on this machine. Any other lock requires `snakemake --unlock`."""
-    locks = list((folder / ".snakemake" / "locks").glob("*.lock"))
-    if locks and owner_is_dead(folder):
-        for lock in locks:
+def write_owner(folder: Path, run: str) -> None:
+    """Record that this process executes a run, and forget the dead ones.
+
+    Snakemake's lock on the run's outputs is held here, so an earlier process of the same run has ended, wherever it was.
+    """
+    for path, owner in owners(folder).items():
+        if owner.is_dead() or owner.run == run:
+            path.unlink(missing_ok=True)
+    mine = Owner(socket.gethostname(), os.getpid(), run)
+    record = folder / ".snakemake/selfgap-owners" / f"{mine.host}-{mine.process}.json"
+    record.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(record) as temporary:
+        temporary.write_text(json.dumps(asdict(mine)))
+
+
+def has_died(folder: Path, run: str) -> bool:
+    """Return whether a run was executed in the folder, and by no process that may still be alive."""
+    found = [owner.is_dead() for owner in owners(folder).values() if owner.run == run]
+    return bool(found) and all(found)
+
+
+def release_stale_locks(folder: Path) -> None:
+    """Remove the locks of dead processes that ran on this machine. Any other lock requires `snakemake --unlock`.
+
+    A lock does not tell whose it is, so none is removed as long as any process may be alive.
+    """
+    found = owners(folder).values()
+    if found and all(owner.is_dead() for owner in found):
+        for lock in (folder / ".snakemake" / "locks").glob("*.lock"):
             lock.unlink(missing_ok=True)
 
 
@@ -56,9 +81,9 @@ def cancel_orphans(folder: Path) -> list[str]:
     """Cancel the SLURM jobs that a killed Snakemake left in the queue, and return their job ids.
 
     Their successors continue from the batches that these jobs have kept. The jobs are recognised by their log files in the
-    folder's .snakemake, and Snakemake's lock guarantees that no other run uses this folder.
+    folder's .snakemake, where all runs of this folder have theirs. So nothing is cancelled while another run may be executed.
     """
-    if not shutil.which("squeue"):
+    if not shutil.which("squeue") or len(owners(folder)) > 1:
         return []
     query = ["squeue", "--me", "--noheader", "--Format=JobArrayID:32,STDOUT:4096"]
     queue = subprocess.run(query, capture_output=True, text=True).stdout

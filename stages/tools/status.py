@@ -16,14 +16,14 @@ from collections import Counter
 from pathlib import Path
 
 from stages.common.errors import UserError, run_stage
-from stages.tools.interrupted import owner_is_dead, read_jobs
+from stages.tools.interrupted import has_died, read_jobs
 
 STATES = ("done", "running", "queued", "failed", "waiting")
 
 
-def begun(folder: Path) -> dict[Path, str]:
-    """Return the outputs of jobs that have started and not ended, each with its state, "running" or "queued"."""
-    if owner_is_dead(folder):
+def begun(folder: Path, run: str) -> dict[Path, str]:
+    """Return the outputs of a run's jobs that have started and not ended, each with its state, "running" or "queued"."""
+    if has_died(folder, run):
         return {}  # a killed Snakemake left the markers
     found = {}
     for mark in (folder / ".snakemake" / "incomplete").glob("*"):
@@ -43,7 +43,7 @@ def last_line(path: Path) -> str:
 def report(run: Path) -> str:
     """Return the table of a run, and a line for each job that is running or has failed."""
     folder = run.parent.parent
-    active = begun(folder)
+    active = begun(folder, run.name)
     table: dict[str, Counter[str]] = {}
     remarks = []
     for job in read_jobs(run):

@@ -236,9 +236,13 @@ def contrast(metric: str, one: metrics.Counts, other: metrics.Counts | None, gro
 # Benchmarks
 
 
-def files(run: Path, node: str, *folders: str) -> list[Path]:
-    """Return the manifests of all shards, of one kind and one set of images."""
-    return sorted(run.joinpath(node, *folders).glob("*.parquet"))
+def files(run: Path, config: Config, images: str, node: str, *kind: str) -> list[Path]:
+    """Return the manifests of all pieces of a set of images, of one kind. Those of no piece that exists are an empty list.
+
+    Pieces that an earlier configuration with more of them has left are not among them.
+    """
+    folder = run.joinpath(node, *kind, images)
+    return [path for shard in config.shards(images) if (path := folder / f"{shard}.parquet").exists()]
 
 
 def counted(run: Path, config: Config, benchmark: str, prompts: list[Row]) -> dict[str, dict[str, metrics.Counts]]:
@@ -248,13 +252,13 @@ def counted(run: Path, config: Config, benchmark: str, prompts: list[Row]) -> di
 
     def images(arm: str) -> metrics.Images:
         looking = config.benchmark_judges(benchmark)
-        verdicts = [path for judge in looking for path in files(run, arm, "verdicts", judge, benchmark)]
-        return metrics.read_images(files(run, arm, "scores", benchmark), verdicts)
+        verdicts = [path for judge in looking for path in files(run, config, benchmark, arm, "verdicts", judge)]
+        return metrics.read_images(files(run, config, benchmark, arm, "scores"), verdicts)
 
     base = images("base")
     found = {"base": metrics.count(prompts, judges, base, base, base.own)}
     for arm in config.arms:
-        trained = metrics.own_verdicts(files(run, arm, "scores-of-base", benchmark))
+        trained = metrics.own_verdicts(files(run, config, benchmark, arm, "scores-of-base"))
         found[arm] = metrics.count(prompts, judges, images(arm), base, trained)
     return found
 
@@ -354,16 +358,26 @@ def as_contrast(change: Row) -> Row:
 Share = tuple[int, int]  # a numerator and a denominator
 
 
-def true_share(run: Path, node: str, judge: str, images: str, chosen: list[str]) -> Share:
-    """Return how many of the chosen images match according to the judge, and for how many it has a verdict."""
-    verdicts = metrics.external_verdicts(files(run, node, "verdicts", judge, images)).get(judge, {})
-    known = [verdicts[name].matches for name in chosen if name in verdicts]
+def true_share(run: Path, config: Config, judge: str, images: str, node: str, chosen: list[str]) -> Share | None:
+    """Return how many of the chosen images match according to the judge, and for how many it could tell.
+
+    None where the judge has not looked at all of them, which the target `precision` makes it do.
+    """
+    verdicts = metrics.external_verdicts(files(run, config, images, node, "verdicts", judge)).get(judge, {})
+    if not verdicts.keys() >= set(chosen):
+        return None
+    known = [verdicts[name].matches for name in chosen]
     return known.count(True), known.count(True) + known.count(False)
 
 
-def added(shares: Iterable[Share]) -> Share:
-    numerators, denominators = zip(*shares, strict=True)
-    return sum(numerators), sum(denominators)
+def added(shares: Iterable[Share | None]) -> Share:
+    """Return the sum of shares, which is not known if one of them is not."""
+    right = count = 0
+    for share in shares:
+        if share is None:
+            return 0, 0
+        right, count = right + share[0], count + share[1]
+    return right, count
 
 
 def data_shares(run: Path, config: Config, arm: str) -> dict[str, Share]:
@@ -372,7 +386,7 @@ def data_shares(run: Path, config: Config, arm: str) -> dict[str, Share]:
     chosen_precision: of the rows of the first selection, those whose image is right. discarded_prompts: of all training
     prompts, those that wait for a replay. recovered_prompts: of these, those that replay recovers. joined_precision: of the
     rows that join at replays, those whose image is right. trained_precision: the same for all rows. The external judge of
-    the training candidates says what is right; without one, there is no precision.
+    the training candidates says what is right. Without one, or where it has not looked at all rows, there is no precision.
     """
     owner, tree, replayed = selection_owner(config, arm), nodes(config), replays(config)
     judge = external_judge(config, "train")
@@ -382,7 +396,7 @@ def data_shares(run: Path, config: Config, arm: str) -> dict[str, Share]:
     shares = {"discarded_prompts": (len([row for row in waits if row["reason"] == "no_accepted"]), len(prompts))}
     selected = [row["chosen"] for row in manifests.read_rows(run / owner / "pairs.parquet", "pairs")]
     recovered: list[Share] = []
-    precise: list[Share] = []
+    precise: list[Share | None] = []
     for name in tree[arm].replays:
         pairs = manifests.read_rows(run / name / "replay/pairs.parquet", "pairs")
         drawn = replayed[name].draws is not None
@@ -390,13 +404,14 @@ def data_shares(run: Path, config: Config, arm: str) -> dict[str, Share]:
             pool = manifests.read_rows(run / name / "replay/pool.parquet", "prompts")
             recovered.append((len({row["prompt_id"] for row in pairs}), len(pool)))
         if judge:
-            images = (name, judge, "replay") if drawn else ("base", judge, "train")
-            precise.append(true_share(run, *images, [row["chosen"] for row in pairs]))
+            images, node = ("replay", name) if drawn else ("train", "base")
+            precise.append(true_share(run, config, judge, images, node, [row["chosen"] for row in pairs]))
     if recovered:
         shares["recovered_prompts"] = added(recovered)
     if judge:
-        shares["chosen_precision"] = true_share(run, "base", judge, "train", selected)
-        shares["trained_precision"] = added([shares["chosen_precision"], *precise])
+        first = true_share(run, config, judge, "train", "base", selected)
+        shares["chosen_precision"] = added([first])
+        shares["trained_precision"] = added([first, *precise])
     if precise:
         shares["joined_precision"] = added(precise)
     return shares

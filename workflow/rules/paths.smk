@@ -105,21 +105,14 @@ def compared_with(node):
     return node if node in AUDITED else "base"
 
 
-def shards_of(name):
-    """Return the numbers of the pieces of a set of prompts."""
-    benchmark = settings.benchmarks.get(name)
-    count = benchmark.shards if benchmark and benchmark.shards else settings.generate.shards
-    return [f"{number:04d}" for number in range(count)]
-
-
 def shard_files(node, kind, images):
     """Return the manifests of all shards. kind: candidates, scores, scores-of-base, or verdicts/<judge>."""
-    return expand(f"{RUN}/{node}/{kind}/{images}/{{shard}}.parquet", shard=shards_of(images))
+    return expand(f"{RUN}/{node}/{kind}/{images}/{{shard}}.parquet", shard=settings.shards(images))
 
 
 def shard_range(node, kind, images):
     """Return the same files in one word, {0000..0199}, which bash expands: its command lines are limited to 128 KiB."""
-    shards = shards_of(images)
+    shards = settings.shards(images)
     return f"{RUN}/{node}/{kind}/{images}/{{{shards[0]}..{shards[-1]}}}.parquet"
 
 

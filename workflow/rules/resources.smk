@@ -53,7 +53,7 @@ def minutes_for(work, count, gpus=lambda wildcards: 1):
 def shard_images(wildcards):
     """Return the number of images in a shard."""
     name = "train" if wildcards.set == "replay" else wildcards.set
-    return prompt_count(name) * images_per_prompt(wildcards) / len(shards_of(name))
+    return prompt_count(name) * images_per_prompt(wildcards) / len(settings.shards(name))
 
 
 def understanding_questions(wildcards):

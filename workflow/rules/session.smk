@@ -73,4 +73,4 @@ def show_status():
         print(status_report(Path(RUN).resolve()))
 
 
-at_start(lambda: interrupted.release_stale_lock(Path(".")))
+at_start(lambda: interrupted.release_stale_locks(Path(".")))

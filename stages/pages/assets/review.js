@@ -39,15 +39,33 @@ const selfgap = (() => {
     return places;
   }
 
+  // A browser may have no storage, or a full one. Reviewing works without it, until the page is closed.
+  function keep(name, text) {
+    try {
+      localStorage.setItem(name, text);
+      return true;
+    } catch {
+      return false;
+    }
+  }
+
+  function kept(name) {
+    try {
+      return localStorage.getItem(name);
+    } catch {
+      return null;
+    }
+  }
+
   function begin(name) {
     reviewer = name;
     order = shuffled(items.length, hash(key()));
     try {
-      answers = JSON.parse(localStorage.getItem(key()) || "{}");
+      answers = JSON.parse(kept(key()) || "{}");
     } catch {
       answers = {};
     }
-    localStorage.setItem(`selfgap reviewer ${facts.sample}`, reviewer);
+    keep(`selfgap reviewer ${facts.sample}`, reviewer);
     place = order.findIndex((item) => !(items[item][0] in answers));
     if (place < 0) place = items.length;
     show();
@@ -75,15 +93,10 @@ const selfgap = (() => {
 
   function answer(verdict) {
     answers[items[order[place]][0]] = verdict;
-    try {
-      localStorage.setItem(key(), JSON.stringify(answers));
-    } catch {
-      at("progress").textContent = "This browser cannot keep your answers. Save them before you close the page.";
-      place += 1;
-      return;
-    }
+    const stored = keep(key(), JSON.stringify(answers));
     place += 1;
     show();
+    if (!stored) at("progress").textContent = "This browser cannot keep your answers. Save them before you close the page.";
   }
 
   function move(by) {
@@ -116,7 +129,7 @@ const selfgap = (() => {
   at("export").addEventListener("click", save);
   at("export-done").addEventListener("click", save);
   at("leave").addEventListener("click", () => {
-    localStorage.removeItem(`selfgap reviewer ${facts.sample}`);
+    keep(`selfgap reviewer ${facts.sample}`, "");
     at("judging").hidden = true;
     at("start").hidden = false;
     at("who").elements.reviewer.value = "";
@@ -134,7 +147,7 @@ const selfgap = (() => {
   return {
     sample: (data) => {
       items = data.map(([name, text, pixels]) => [name, text, Boolean(pixels)]);
-      const last = localStorage.getItem(`selfgap reviewer ${facts.sample}`);
+      const last = kept(`selfgap reviewer ${facts.sample}`);
       if (last) begin(last);
     },
   };
