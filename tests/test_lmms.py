@@ -20,6 +20,7 @@ from datasets.naming import camelcase_to_snakecase
 
 from stages.common.config import validate
 from stages.common.errors import UserError
+from stages.count_answers import metric_rows
 from stages.shapes import oracle
 from stages.shapes.grammar import parse_prompt
 from stages.understanding import understanding_kind
@@ -206,7 +207,14 @@ def test_a_question_with_rotated_options_is_right_if_all_rotations_are(capsys):
     found = measures(answers_of(task, Finished("0.7.3", "gpt_eval_score", 50.0, samples)))
     assert "no mean" not in capsys.readouterr().out  # the task reports 100 x the share of questions
     assert value(found, f"{task}_circular", "all") == (0.5, 4)
-    assert value(found, f"{task}_accuracy", "all") == (pytest.approx((1 + 2 / 3 + 1 / 2 + 1) / 4), 4)
+    assert value(found, f"{task}_accuracy", "all") == (6 / 8, 8)
+
+
+def test_every_question_counts_once_however_many_its_image_has():
+    samples = [sample(i, "A", float(i < 3), "A", image_id="three" if i < 3 else "one", category="all") for i in range(4)]
+    answers = answers_of("gqa", Finished("0.7.3", "exact_match", 0.75, samples))
+    row = metric_rows(LMMS_EVAL, answers, answers, 100)[0]
+    assert (row["metric"], row["value"], row["denominator"]) == ("gqa_accuracy", 75.0, 4)
 
 
 def test_both_checkpoints_have_the_same_metrics_whatever_they_answer():

@@ -107,8 +107,15 @@ def by_image(metric: str, category: str, images: Sequence[str], numerators: np.n
     images: the image of each answer. Those of one image are averaged, so that an image counts once however often it is asked
     about.
     """
-    _, places, counts = np.unique(np.array(images), return_inverse=True, return_counts=True)
-    return Measure(metric, category, np.bincount(places, numerators) / counts, np.bincount(places, denominators) / counts)
+    summed = by_question(metric, category, images, numerators, denominators)
+    _, counts = np.unique(np.array(images), return_counts=True)
+    return Measure(metric, category, summed.numerators / counts, summed.denominators / counts)
+
+
+def by_question(metric: str, category: str, images: Sequence[str], numerators: np.ndarray, denominators: np.ndarray) -> Measure:
+    """Return the same where every answer counts once: those of one image are added, and stay together when it is resampled."""
+    _, places = np.unique(np.array(images), return_inverse=True)
+    return Measure(metric, category, np.bincount(places, numerators), np.bincount(places, denominators))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ lmms-eval lives in an environment of its own, which `make lmms-env` makes, and r
 (`stages.understanding.lmms_model`). Its answers and their scores become those of this project, so that every metric has its
 interval and its paired difference to the base model. The answers of a finished task are kept when a run is killed.
 
-A task's metrics, by the categories that `categories` names (otherwise a single one, all):
+A task's metrics, by the categories that `categories` names (otherwise a single one, all). Every question counts once, as in
+published numbers; the intervals resample images, because the questions about one image are not independent:
 
 <task>_accuracy        mean score of the answers by the task's own metric
 <task>_unreadable      share of answers in which the task found nothing to grade: the metric is no number, the task guessed, or
@@ -36,7 +37,7 @@ from pydantic import Field, model_validator
 
 from stages.common.errors import UserError
 from stages.common.settings import Model, Positive, Score
-from stages.understanding.base import Answer, Measure, UnderstandingKind, UnderstandingSettings, by_image
+from stages.understanding.base import Answer, Measure, UnderstandingKind, UnderstandingSettings, by_question
 from stages.understanding.lmms_model import ROTATED, Finished, Request, Sample
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -259,7 +260,7 @@ def task_measures(task: str, category: str, answers: Sequence[Answer], yes_no: b
 
     def measure(metric: str, numerators: Sequence[float | bool], denominators: Sequence[float | bool]) -> Measure:
         images = [answer.image_id for answer in answers]
-        return by_image(f"{task}_{metric}", category, images, np.array(numerators, float), np.array(denominators, float))
+        return by_question(f"{task}_{metric}", category, images, np.array(numerators, float), np.array(denominators, float))
 
     every, scored = [True] * len(answers), [answer.score is not None for answer in answers]
     unread = [answer.score is None or answer.part.endswith(GUESSED) for answer in answers]
@@ -280,7 +281,7 @@ def task_measures(task: str, category: str, answers: Sequence[Answer], yes_no: b
         joined = rotations_joined(answers)
         scores = np.array([answer.score for answer in joined], float)
         images = [answer.image_id for answer in joined]
-        found.append(by_image(f"{task}_circular", category, images, scores, np.ones(len(joined))))
+        found.append(by_question(f"{task}_circular", category, images, scores, np.ones(len(joined))))
     return [*found, measure("unreadable", unread, every)]
 
 
