@@ -2,13 +2,17 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from stages.common import manifests
 from stages.common.config import load, validate
+from stages.common.errors import UserError
 from stages.families import describe
 from stages.families.show_o import ShowOSampling
+from stages.suites.science_t2i import SciencePrompts
 from stages.tools import cost
 from tests.helpers import ROOT, SMALL, TINY, done, merged, refused, stage
 
@@ -103,6 +107,16 @@ def test_drawing_in_steps_takes_what_its_operations_take(tmp_path):
     assert seconds == pytest.approx(draws(ROOT / "models/tiny-show-o", config.sampling()) / cost.FLOPS["bfloat16"])
     assert "TFLOP" in source
     assert cost.limit(config, "judge")[0] == cost.SECONDS["judge"] * cost.gigabytes(config)
+
+
+def test_prompts_of_a_parquet_file_are_its_rows_whatever_its_images_hold(tmp_path):
+    path = tmp_path / "science.parquet"
+    pq.write_table(pa.table({"implicit_prompt": ["a laptop"] * 3, "image": [b"\n" * 5000] * 3}), path)
+    chosen = SciencePrompts(source="science-t2i", files=[str(path)])
+    assert cost.prompt_limit(chosen) == 3
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"science\.parquet: not a readable Parquet file .* fetch it again"):
+        cost.prompt_limit(chosen)
 
 
 def test_gpu_memory_of_a_training_follows_from_its_state_and_from_zero():

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from pyarrow import ArrowException
 
 from stages.common.config import Config, Train, load
 from stages.common.errors import UserError, run_stage
@@ -80,7 +81,18 @@ def chosen_prompts(config: Config, name: str) -> PromptSource:
 def prompt_limit(chosen: PromptSource) -> int:
     """Return an upper bound on the number of prompts of a set, without reading them as a suite does."""
     files = open_suite(chosen.source).files(chosen)
-    return chosen.count or sum(Path(path).read_bytes().count(b"\n") + 1 for path in files) or 10_000
+    return chosen.count or sum(rows_in(Path(path)) for path in files) or 10_000
+
+
+def rows_in(path: Path) -> int:
+    """Return the rows of a Parquet file, whose bytes may hold images, or the lines of any other file."""
+    if path.suffix != ".parquet":
+        return path.read_bytes().count(b"\n") + 1
+    try:
+        return pq.read_metadata(path).num_rows
+    except (ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a readable Parquet file ({reason}); fetch it again") from None
 
 
 def rows_per_prompt(config: Config, arm: str) -> int:
