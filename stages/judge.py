@@ -11,6 +11,7 @@ continues where it stopped.
 from __future__ import annotations
 
 import argparse
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from stages.common.config import load
 from stages.common.errors import UserError, run_stage
 from stages.common.fingerprints import code
 from stages.common.registry import entry
+from stages.common.settings import Model
+from stages.families import resolved, workers
 from stages.judges import judge_kind
-from stages.judges.base import Item, Judge
+from stages.judges.base import Item, Judge, JudgeKind, JudgeSettings, Verdict
 
 Row = dict[str, Any]
 
@@ -55,6 +58,35 @@ def judge_batch(judge: Judge, name: str, prompts: dict[str, Row], batch: Sequenc
     ]
 
 
+def opened(name: str, kind: JudgeKind, settings: JudgeSettings) -> tuple[Judge, Model | None]:
+    """Open a judge, and return it with where it runs if it is a model.
+
+    Both opening and judging raise UserError where the memory of the GPU does not suffice.
+    """
+    if kind.runs_on is None:
+        return kind.open(settings), None
+    import torch
+
+    place = resolved(kind.runs_on(settings), f"judges.{name}: device")
+    try:
+        judge = kind.open(settings)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"judges.{name}: its weights do not fit into the free memory of the GPU on {socket.gethostname()} ({error}); end "
+            "what else uses this GPU, or take a larger one"
+        ) from None
+
+    def judge_in_memory(items: Sequence[Item]) -> list[Verdict]:
+        try:
+            return judge(items)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"judges.{name}: out of memory while judging on {socket.gethostname()} ({error}); lower its batch_size"
+            ) from None
+
+    return judge_in_memory, place
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
@@ -81,7 +113,8 @@ def main() -> None:
     drawn = manifests.read_rows(arguments.candidates, "candidates", without=("tokens", "latents"))
     prompts = manifests.prompts_of(arguments.prompts, drawn)
     candidates = of_categories(drawn, prompts, arguments.categories)
-    judge = kind.open(settings) if candidates else lambda items: []
+    judge, place = opened(name, kind, settings) if candidates else (lambda items: [], None)
+    dtype = place.dtype if place else None
 
     uses = [entry("JUDGES", settings.kind), *kind.uses(settings)]
     facts = {
@@ -93,13 +126,13 @@ def main() -> None:
     parents = [arguments.prompts, arguments.candidates]
     with kept_batches(
         arguments.out,
-        ("judge", code("stages.judge", mentioned=uses), facts, kind.batch_size, *map(manifests.content_hash, parents)),
+        ("judge", code("stages.judge", mentioned=uses), facts, dtype, kind.batch_size, *map(manifests.content_hash, parents)),
         planned(candidates, kind.batch_size),
         prepare=lambda batch: (batch, shards.read_images(arguments.candidates, batch)),
         work=lambda seen: judge_batch(judge, name, prompts, *seen),
         finish=lambda rows: pa.Table.from_pylist(rows, schema=manifests.schema("verdicts")),
         label=f"judge {name}",
-        workers=kind.workers(settings) if candidates else 1,
+        workers=workers(place) if place else 1,
     ) as files:
         tables = [pq.read_table(file) for file in files]
         verdicts = [verdict for table in tables for verdict in table["verdict"].to_pylist()]

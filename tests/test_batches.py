@@ -1,11 +1,13 @@
 """Batches that several processes share."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 
-from stages.common import batches
+from stages.common import batches, processes
+from stages.common.errors import UserError
 from stages.common.processes import PROCESS
 
 
@@ -45,3 +47,34 @@ def test_processes_share_what_is_missing_and_not_what_is_done(tmp_path, monkeypa
     shares = [asked.get(name, []) for name in ("first", "helper 1", "helper 2", "helper 3")]
     assert sorted(number for share in shares for number in share) == missing
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """The GPUs that were given to processes, none of which is really started."""
+    found = []
+
+    def start(command, env):
+        found.append(env.get("CUDA_VISIBLE_DEVICES"))
+        return SimpleNamespace(wait=lambda: 0, terminate=lambda: None)
+
+    monkeypatch.setattr(processes, "command", list)
+    monkeypatch.setattr(processes.subprocess, "Popen", start)
+    return found
+
+
+@pytest.mark.parametrize(("listed", "given"), [(None, ["1"]), ("4,7", ["7"]), ("", [""]), ("-1", ["-1"])])
+def test_each_process_gets_a_gpu_of_those_that_are_visible(listed, given, gpus, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if listed is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    with processes.helpers(2):
+        pass
+    assert gpus == given
+
+
+def test_more_processes_than_visible_gpus_are_refused(gpus, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    with pytest.raises(UserError, match=r"workers: 3 .* CUDA_VISIBLE_DEVICES=4,7 shows 2; lower workers"), processes.helpers(3):
+        pass
+    assert not gpus

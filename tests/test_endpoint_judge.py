@@ -493,4 +493,4 @@ def test_what_the_verdicts_depend_on(tmp_path):
     )
     assert judge.outcome() == other.outcome()
     assert judge.outcome()["endpoint"] == "https://example.org/v1"
-    assert not judge_kind("openai").gpu
+    assert judge_kind("openai").runs_on is None

@@ -12,6 +12,7 @@ from tests.helpers import (
     TINY,
     call,
     completed,
+    copy_of_the_project,
     environment,
     measured,
     merged,
@@ -121,6 +122,20 @@ def test_a_benchmark_has_as_many_pieces_as_it_says(tmp_path):
         write_config(tmp_path, benchmarks={"validation": {"shards": shards}})
         jobs[shards] = int(re.search(r"^generate +(\d+)$", completed(tmp_path, "-n"), re.MULTILINE)[1])
     assert jobs == {None: 2 * 2 + 4 * 2, 1: 2 * 2 + 4}  # training and replay, then four models on the benchmark
+
+
+def test_a_judge_asks_for_the_gpus_of_its_own_settings(tmp_path):
+    source = copy_of_the_project(tmp_path)
+    rules = source / "workflow/rules/scores.smk"
+    rules.write_text(re.sub(r"( +)message:\n +\".*\"\n", "", rules.read_text()))  # a dry run prints the resources then
+    family = {"kind": "family", "model": {"checkpoint": str(TINY)}}
+    places = {"four": {"workers": 4}, "one": {}, "none": {"device": "cpu", "workers": 2}}
+    judges = {name: family | {"model": family["model"] | place} for name, place in places.items()}
+    write_config(tmp_path / "run", model={"workers": 2}, judges=judges, audit={"judges": list(judges)})
+    files = [f"results/small/base/verdicts/{name}/validation/0000.parquet" for name in judges]
+    output = completed(tmp_path / "run", "-n", *files, source=source)
+    asked = re.findall(r"rule judge_on_gpu:\n(?: .*\n)* +output: \S+verdicts/(\w+)/(?:.*\n)*? +resources: .*\bgpu=(\d)", output)
+    assert dict(asked) == {"four": "4", "one": "1", "none": "0"}
 
 
 def test_overlapping_prompts_are_refused_before_anything_is_drawn(tmp_path):

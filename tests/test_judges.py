@@ -14,9 +14,9 @@ import yaml
 from stages import judge as stage
 from stages import score
 from stages.common import manifests, shards
-from stages.common.config import load
+from stages.common.config import load, validate
 from stages.common.errors import UserError
-from stages.judges import judge_kind, shapes
+from stages.judges import checkpoint, family, judge_kind, shapes
 from stages.judges.base import Item, Verdict
 from stages.judges.table import read_table
 from stages.shapes.grammar import split_meanings
@@ -236,7 +236,62 @@ def test_what_a_familys_verdicts_depend_on_is_not_where_it_runs(world):
     kind = judge_kind("family")
     assert kind.uses(config.judge("tiny")) == ["FAMILIES[janus]"]
     assert [Path(file).name for file in kind.files(config.judge("tiny"))] == ["config.json", "model.safetensors"]
-    assert (kind.workers(config.judge("tiny")), kind.workers(config.judge("elsewhere"))) == (1, 2)
+    assert [kind.runs_on(config.judge(name)).workers for name in ("tiny", "elsewhere")] == [None, 2]
+
+
+@pytest.mark.parametrize("kind", ["clip-score", "vlm", "geneval-hf"])
+def test_a_device_of_a_judge_that_is_none_is_refused(kind):
+    fields = {"kind": kind, "checkpoint": "clip", "device": "gpu"}
+    fields |= {"detector": fields.pop("checkpoint"), "clip": "clip"} if kind == "geneval-hf" else {}
+    with pytest.raises(UserError, match=r"judges\.mine\.device.*cuda"):
+        validate({"run": "judges", "model": TINY["model"], "judges": {"mine": fields}})
+
+
+def test_a_judge_that_asks_for_a_gpu_where_there_is_none_is_named(world, monkeypatch):
+    import torch
+
+    folder, _ = world
+    configure(folder, tiny=TINY | {"model": TINY["model"] | {"device": "cuda:1"}})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"judges\.tiny: device: cuda:1, but torch sees no GPU .* or set it to cpu"):
+        run(folder, monkeypatch, "tiny")
+    with pytest.raises(UserError, match="device: cuda, but torch sees no GPU"):
+        checkpoint.device_of("cuda")
+
+
+@pytest.mark.parametrize(
+    ("when", "words"),
+    [("loading", "do not fit into the free memory of the GPU"), ("judging", "while judging .* lower its batch_size")],
+)
+def test_a_gpu_without_enough_memory_ends_with_one_message(when, words, world, monkeypatch):
+    import torch
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    folder, _ = world
+    configure(folder, tiny=TINY)
+    opens = full if when == "loading" else lambda settings: full
+    monkeypatch.setattr(family, "FAMILY", dataclasses.replace(family.FAMILY, open=opens))
+    with pytest.raises(UserError, match=rf"judges\.tiny: .*{words}"):
+        run(folder, monkeypatch, "tiny")
+
+
+def test_kept_batches_of_a_judge_in_another_precision_are_not_used(world, monkeypatch):
+    folder, _ = world
+    configure(folder, tiny=TINY)
+    keys = []
+
+    def ended(out, key, *_, **__):
+        keys.append(key)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "kept_batches", ended)
+    for dtype in ("float32", "bfloat16"):
+        monkeypatch.setattr(stage, "resolved", lambda place, _, dtype=dtype: place.model_copy(update={"dtype": dtype}))
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, monkeypatch, "tiny")
+    assert keys[0] != keys[1]
 
 
 # The stage

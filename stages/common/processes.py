@@ -32,13 +32,20 @@ def helping() -> tuple[int, int] | None:
 def helpers(count: int) -> Iterator[None]:
     """Run this process's command as `count` - 1 further processes, each on a GPU of its own, and wait for them at the end.
 
-    Raises UserError when one of them fails.
+    Raises UserError when one of them fails, and when fewer GPUs are visible: a process without one would use the CPU.
     """
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = [name for name in (listed or "").split(",") if name not in ("", "-1")]
+    if visible and len(visible) < count:
+        raise UserError(
+            f"workers: {count} processes need a GPU each, but CUDA_VISIBLE_DEVICES={listed} shows {len(visible)}; lower "
+            "workers of the section model or of the judge, or give the job more GPUs"
+        )
     started = []
     for number in range(1, count):
         environment = os.environ | {PROCESS: f"{number}/{count}"}
-        environment["CUDA_VISIBLE_DEVICES"] = visible[number] if number < len(visible) else str(number)
+        if listed is None or visible:  # otherwise all GPUs are hidden
+            environment["CUDA_VISIBLE_DEVICES"] = visible[number] if visible else str(number)
         started.append(subprocess.Popen([sys.executable, *command()], env=environment))
     try:
         yield

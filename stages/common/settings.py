@@ -10,6 +10,7 @@ from stages.families import FAMILIES
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
 
 class Section(BaseModel):
@@ -30,9 +31,8 @@ class Model(Section):
         default="models/tiny-janus",
         description="The checkpoint's folder, on a file system that every machine of the run sees. Only safetensors are read.",
     )
-    device: str = Field(
+    device: Device = Field(
         default="auto",
-        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         description="auto, cpu, cuda, or one device such as cuda:0. auto takes a GPU where there is one, and the CPU "
         "elsewhere; cuda ends with an error where there is none.",
     )

@@ -50,9 +50,9 @@ def workers(model: Model) -> int:
     return max(1, torch.cuda.device_count()) if model.device in ("auto", "cuda") else 1
 
 
-def resolved(model: Model) -> Model:
+def resolved(model: Model, setting: str = "model.device") -> Model:
     """Return the settings of a model without `auto`: the device is a GPU where there is one, and the dtype is bfloat16 on a GPU
-    and float32 on a CPU. Raises UserError when a GPU is asked for and there is none."""
+    and float32 on a CPU. Raises UserError, with the name of the setting, when a GPU is asked for and there is none."""
     device = model.device
     if device != "cpu":
         import torch
@@ -61,7 +61,7 @@ def resolved(model: Model) -> Model:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         elif not torch.cuda.is_available():
             raise UserError(
-                f"model.device: {device}, but torch sees no GPU on {socket.gethostname()}; check the driver and torch's build, "
+                f"{setting}: {device}, but torch sees no GPU on {socket.gethostname()}; check the driver and torch's build, "
                 "or set it to cpu"
             )
     dtype = model.dtype

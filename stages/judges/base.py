@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.common.settings import Section
+from stages.common.settings import Model, Section
 
 
 class JudgeSettings(Section):
@@ -87,8 +87,8 @@ class JudgeKind:
     files: from the settings to the files that the judge depends on, which the workflow watches.
     uses: from the settings to the registered families or judges that the judge is built on, such as "FAMILIES[janus]"
         (`stages.common.registry.entry`). Their code counts as its own.
-    workers: from the settings to the number of processes that share a shard's batches, one GPU each.
-    gpu: whether the workflow asks for a GPU and for the environment with torch.
+    runs_on: for judges that are models, from the settings to the device, the type of the weights, and the number of processes
+        that share a shard's batches, one GPU each. The workflow asks for these GPUs and for the environment with torch.
     batch_size: images that are judged and kept at a time; a killed stage continues after its last batch.
     from_answer: for kinds whose answers hold what was measured, a function from the settings, a prompt's row and the answer of
         an earlier verdict to the verdict under these settings, without the image and without a model. Judges that differ in
@@ -100,7 +100,6 @@ class JudgeKind:
     open: Callable[[Any], Judge]
     files: Callable[[Any], list[str]] = lambda settings: []
     uses: Callable[[Any], list[str]] = lambda settings: []
-    workers: Callable[[Any], int] = lambda settings: 1
-    gpu: bool = False
+    runs_on: Callable[[Any], Model] | None = None
     batch_size: int = 1024
     from_answer: Callable[[Any, dict[str, Any], str], Verdict] | None = None

@@ -27,7 +27,7 @@ from stages.judges.checkpoint import (
     load_tokenizer,
     normalised,
     remedy_of,
-    workers,
+    runs_on,
 )
 from stages.judges.compbench_rules import attribute
 
@@ -139,7 +139,6 @@ BLIP_VQA = JudgeKind(
     BlipVqaJudge,
     open_blip,
     files=files,
-    workers=workers,
-    gpu=True,
+    runs_on=runs_on,
     batch_size=64,
 )

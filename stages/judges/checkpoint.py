@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from stages import families
 from stages.common.errors import UserError
-from stages.common.settings import Model, Positive, Share
+from stages.common.settings import Device, Model, Positive, Share
+from stages.families import resolved
 from stages.families.tools.checkpoints import require_safetensors
 from stages.judges.base import JudgeSettings, Verdict
 
@@ -33,8 +33,8 @@ class CheckpointJudge(JudgeSettings):
         default=None,
         description="An image matches at this score or above. Empty: the judge only grades, which suffices for Gen.",
     )
-    device: str = Field(
-        default="auto", description="auto, cpu, or one device such as cuda:0. auto takes a GPU if there is one."
+    device: Device = Field(
+        default="auto", description="auto, cpu, cuda, or one device such as cuda:0. auto takes a GPU where there is one."
     )
     workers: Positive | None = Field(
         default=None, description="How many processes share the batches, one GPU each. Empty: one for each visible GPU."
@@ -49,16 +49,14 @@ class CheckpointJudge(JudgeSettings):
         return Verdict(None if self.threshold is None else score >= self.threshold, score, answer)
 
 
-def workers(settings: Any) -> int:
-    """Return how many processes share the batches: `workers` of the settings, or the number of GPUs that `device` may use."""
-    return families.workers(Model(device=settings.device, workers=settings.workers))
+def runs_on(settings: Any) -> Model:
+    """Return the device, the workers and the type of a judge's settings. A judge without the setting `dtype` is in float32."""
+    return Model(device=settings.device, workers=settings.workers, dtype=getattr(settings, "dtype", "float32"))
 
 
 def device_of(name: str) -> str:
-    """Return the device that `device` names, with auto resolved."""
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    """Return the device that `device` names, with auto resolved. Raises UserError where there is no GPU that is asked for."""
+    return resolved(Model(device=name), "device").device
 
 
 # Its files

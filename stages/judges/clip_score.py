@@ -20,7 +20,7 @@ from stages.judges.checkpoint import (
     load_tokenizer,
     normalised,
     remedy_of,
-    workers,
+    runs_on,
 )
 
 if TYPE_CHECKING:
@@ -106,7 +106,6 @@ CLIP_SCORE = JudgeKind(
     ClipScoreJudge,
     open_clip,
     files=files,
-    workers=workers,
-    gpu=True,
+    runs_on=runs_on,
     batch_size=64,
 )

@@ -27,7 +27,7 @@ from stages.judges.checkpoint import (
     load_model,
     normalised,
     remedy_of,
-    workers,
+    runs_on,
 )
 from stages.judges.compbench_rules import Claim, Detection
 
@@ -236,8 +236,7 @@ DETECTOR = JudgeKind(
     DetectorJudge,
     open_detector,
     files=files,
-    workers=workers,
-    gpu=True,
+    runs_on=runs_on,
     batch_size=64,
     from_answer=from_answer,
 )

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from stages.common.registry import entry
 from stages.common.settings import Model, Score
-from stages.families import describe, open_family, workers
+from stages.families import describe, open_family
 from stages.judges.base import Item, Judge, JudgeKind, JudgeSettings, Verdict
 
 
@@ -65,7 +65,6 @@ FAMILY = JudgeKind(
     open_model,
     files=files,
     uses=lambda settings: [entry("FAMILIES", settings.model.family)],
-    workers=lambda settings: workers(settings.model),
-    gpu=True,
+    runs_on=lambda settings: settings.model,
     batch_size=64,
 )

@@ -15,9 +15,9 @@ from pydantic import Field
 
 from stages.common.batches import planned
 from stages.common.errors import UserError
-from stages.common.settings import Positive
+from stages.common.settings import Device, Positive
 from stages.judges.base import Item, Judge, JudgeKind, JudgeSettings, Verdict
-from stages.judges.checkpoint import checkpoint_files, device_of, load_model, load_processor, load_tokenizer, workers
+from stages.judges.checkpoint import checkpoint_files, device_of, load_model, load_processor, load_tokenizer, runs_on
 from stages.judges.geneval_rules import (
     CLASSES,
     COLORS,
@@ -47,7 +47,7 @@ class GenevalJudge(JudgeSettings):
         description=f"The folder of a Mask2Former checkpoint for instances, such as {DETECTOR}. Only safetensors are read."
     )
     clip: str = Field(description=f"The folder of the CLIP checkpoint that names colors, such as {CLIP}.")
-    device: str = Field(
+    device: Device = Field(
         default="auto", description="auto, cpu, cuda, or one device such as cuda:0. auto takes a GPU where there is one."
     )
     dtype: Literal["float32", "bfloat16"] = Field(
@@ -249,7 +249,6 @@ GENEVAL = JudgeKind(
     GenevalJudge,
     open_geneval,
     files=files,
-    workers=workers,
-    gpu=True,
+    runs_on=runs_on,
     batch_size=64,
 )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from stages.judges.base import Item, Judge, JudgeKind, Verdict
-from stages.judges.checkpoint import CheckpointJudge, workers
+from stages.judges.checkpoint import CheckpointJudge, runs_on
 from stages.judges.clip_score import files, open_cosines
 
 # The SciScore at which the score is 1. Trained scales are about 100 and cosines reach about 0.35, so SciScores reach about 35.
@@ -43,4 +43,4 @@ def open_sci_score(settings: SciScoreJudge) -> Judge:
     return judge
 
 
-SCI_SCORE = JudgeKind(SciScoreJudge, open_sci_score, files=files, workers=workers, gpu=True, batch_size=64)
+SCI_SCORE = JudgeKind(SciScoreJudge, open_sci_score, files=files, runs_on=runs_on, batch_size=64)

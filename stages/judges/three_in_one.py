@@ -14,7 +14,7 @@ from pydantic import Field
 
 from stages.common.errors import UserError
 from stages.common.registry import entry
-from stages.common.settings import Share
+from stages.common.settings import Model, Share
 from stages.judges import blip_vqa, checkpoint, clip_score, detector
 from stages.judges.base import Item, Judge, JudgeKind, JudgeSettings, Verdict
 from stages.judges.compbench_rules import three_in_one
@@ -120,13 +120,18 @@ def files(settings: ThreeInOneJudge) -> list[str]:
     ]
 
 
+def runs_on(settings: ThreeInOneJudge) -> Model:
+    """Return where the first of the three judges runs that is not on the CPU. All of them run in the same processes."""
+    places = [checkpoint.runs_on(part) for part in (settings.attributes, settings.relation, settings.action)]
+    return next((place for place in places if place.device != "cpu"), places[0])
+
+
 THREE_IN_ONE = JudgeKind(
     ThreeInOneJudge,
     open_three,
     files=files,
     uses=lambda settings: [entry("JUDGES", kind) for kind in ("blip-vqa", "detector", "clip-score")],
-    workers=lambda settings: checkpoint.workers(settings.attributes),
-    gpu=True,
+    runs_on=runs_on,
     batch_size=64,
     from_answer=from_answer,
 )

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from stages.common.errors import UserError
-from stages.common.settings import Model, Positive
-from stages.families import workers
+from stages.common.settings import Device, Positive
+from stages.families import resolved
 from stages.families.tools.checkpoints import read_config, require_safetensors
 from stages.families.tools.verdicts import single_tokens
 from stages.judges.asking import AskedJudge, graded, read
 from stages.judges.base import Item, Judge, JudgeKind, Verdict
+from stages.judges.checkpoint import runs_on
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ class VlmJudge(AskedJudge):
         description="The folder of an image-text-to-text model in transformers' layout, such as Qwen2.5-VL-7B-Instruct, on a "
         "file system that every machine of the run sees. Only safetensors are read."
     )
-    device: str = Field(default="auto", description="auto, cpu, cuda, or one device such as cuda:0.")
+    device: Device = Field(default="auto", description="auto, cpu, cuda, or one device such as cuda:0.")
     workers: Positive | None = Field(
         default=None,
         description="How many processes share the batches of one shard, one GPU each. Empty: one for each visible GPU.",
@@ -79,14 +80,14 @@ def open_vlm(settings: VlmJudge) -> Judge:
     disable_progress_bar()  # of loading weights; stages have their own
     files(settings)
     folder = settings.checkpoint
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
-    dtype = ("bfloat16" if device.startswith("cuda") else "float32") if settings.dtype == "auto" else settings.dtype
+    place = resolved(runs_on(settings), "device")
+    device = place.device
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **local)
         pixels = AutoImageProcessor.from_pretrained(folder, backend="pil", **local)
         model, loaded = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **local
+            folder, dtype=getattr(torch, place.dtype), use_safetensors=True, output_loading_info=True, **local
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -120,14 +121,11 @@ def open_vlm(settings: VlmJudge) -> Judge:
             inputs = {
                 key: value.to(device, model.dtype if value.is_floating_point() else None) for key, value in inputs.items()
             }
-            try:
-                if settings.mode == "answer":
-                    told = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
-                    verdicts += [read(text) for text in tokenizer.batch_decode(told, skip_special_tokens=True)]
-                    continue
-                logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
-            except torch.OutOfMemoryError as error:
-                raise UserError(f"{device}: out of memory ({error}); lower batch_size of the judge, now {len(batch)}") from None
+            if settings.mode == "answer":
+                told = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+                verdicts += [read(text) for text in tokenizer.batch_decode(told, skip_special_tokens=True)]
+                continue
+            logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
             chances = logits.double().softmax(-1)
             pairs = zip(chances[:, yes].sum(1).tolist(), chances[:, no].sum(1).tolist(), strict=True)
             verdicts += [graded(says_yes, says_no, settings.threshold) for says_yes, says_no in pairs]
@@ -225,7 +223,6 @@ VLM = JudgeKind(
     VlmJudge,
     open_vlm,
     files=files,
-    workers=lambda settings: workers(Model(device=settings.device, workers=settings.workers)),
-    gpu=True,
+    runs_on=runs_on,
     batch_size=64,
 )

@@ -286,7 +286,7 @@ def hours(config: Config, works: Iterable[Work], speed: dict[str, Speed]) -> dic
     """Return GPU hours by stage with the speed behind them. Judges of other weights are taken to be as fast as the model."""
 
     def on_gpu(work: Work) -> bool:
-        return work.judge is None or judge_kind(config.judge(work.judge).kind).gpu
+        return work.judge is None or judge_kind(config.judge(work.judge).kind).runs_on is not None
 
     found = {}
     for stage, (kind, pace) in STAGES.items():

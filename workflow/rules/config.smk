@@ -76,7 +76,7 @@ JUDGES = list(
 )
 # Judges whose verdicts are computed from the answers of another one, with its name.
 SOURCES = {name: source for name in JUDGES if (source := rescoring.source_of(settings, name))}
-GPU_JUDGES = [name for name in JUDGES if judge_kind(settings.judge(name).kind).gpu and name not in SOURCES]
+GPU_JUDGES = [name for name in JUDGES if judge_kind(settings.judge(name).kind).runs_on and name not in SOURCES]
 for name in JUDGES:
     try:
         judge_kind(settings.judge(name).kind).files(settings.judge(name))  # raises UserError unless its checkpoint is there

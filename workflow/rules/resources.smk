@@ -8,11 +8,26 @@ from functools import cache
 
 from stages.tools.gpus import gpu_is_here
 
-GPUS = 0 if settings.model.device == "cpu" else settings.model.workers or 1
+
+def gpus_of(model):
+    """Return how many GPUs a model needs, where it runs by these settings: one for each process that shares a shard."""
+    return 0 if model.device == "cpu" else model.workers or 1
+
+
+def gpus_of_judge(name):
+    chosen = settings.judge(name)
+    return gpus_of(judge_kind(chosen.kind).runs_on(chosen))
+
+
+GPUS = gpus_of(settings.model)
 # On a machine of its own, one job with GPUs runs at a time, and uses what it sees. Snakemake would otherwise start as many of them
 # as it has cores, all on the first GPU. `--resources gpu=N` states another limit.
 ALONE = (
-    workflow.local_exec and workflow.is_main_process and GPUS > 0 and "gpu" not in workflow.global_resources and gpu_is_here()
+    workflow.local_exec
+    and workflow.is_main_process
+    and any([GPUS, *map(gpus_of_judge, GPU_JUDGES)])
+    and "gpu" not in workflow.global_resources
+    and gpu_is_here()
 )
 if ALONE:
     workflow.register_resource("gpu", 1)

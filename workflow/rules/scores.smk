@@ -89,6 +89,6 @@ use rule judge as judge_on_gpu with:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        gpu=gpus_asked(GPUS),
+        gpu=lambda wildcards: gpus_asked(gpus_of_judge(wildcards.judge)),
         mem_mb=megabytes(2),
         runtime=minutes_for("judge", shard_images),
