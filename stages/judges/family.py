@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from stages.common.registry import entry
 from stages.common.settings import Model, Score
 from stages.families import describe, open_family
+from stages.families.tools.checkpoints import preprocessing_files
 from stages.judges.base import Item, Judge, JudgeKind, JudgeSettings, Verdict
 
 
@@ -55,8 +56,9 @@ def open_model(settings: FamilyJudge) -> Judge:
 
 
 def files(settings: FamilyJudge) -> list[str]:
-    """Return the files of the judging checkpoint."""
-    found = describe(settings.model.family).files(Path(settings.model.checkpoint), "judge")
+    """Return the files of the judging checkpoint: its weights, tokenizer and image processor."""
+    checkpoint = Path(settings.model.checkpoint)
+    found = [*describe(settings.model.family).files(checkpoint, "judge"), *preprocessing_files(checkpoint)]
     return [str(path) for path in found]
 
 
