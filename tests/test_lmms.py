@@ -256,6 +256,23 @@ def test_pictures_of_one_size_share_a_batch_and_none_is_lost():
     assert [question.place for question in batches[0]] == [0, 2]
 
 
+def test_few_pictures_are_in_memory_at_once_however_many_sizes_there_are():
+    read = []
+
+    def questions():
+        for place in range(400):
+            read.append(place)
+            side = 3 if place % 5 == 0 else 10 + place  # one size in five comes again, all others once
+            yield Asked(place, np.zeros((1, side, 3), np.uint8), "?", 8, ())
+
+    answered = []
+    for batch in in_batches(questions(), 4):
+        answered += [question.place for question in batch]
+        assert len(batch) <= 4
+        assert len(read) - len(answered) <= 16 * 4
+    assert sorted(answered) == read == list(range(400))
+
+
 def test_several_pictures_are_shown_side_by_side():
     left, right = np.full((2, 3, 3), 10, np.uint8), np.full((4, 5, 3), 20, np.uint8)
     both = side_by_side([left, right])

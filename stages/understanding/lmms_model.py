@@ -40,6 +40,7 @@ from stages.common.files import whole_file
 from stages.common.settings import Model
 from stages.families import open_family
 
+WAITING = 16  # batches of questions that wait for others with pictures of their size
 GAP = 8  # white pixels between pictures that are shown side by side
 NEXT_TURN = "<|"  # a model that goes on with the next turn of the conversation has finished its answer
 ROTATED = {"mmbench_en_dev_static": 1_000_000}  # the rotations of a question's options are this far apart in `index`
@@ -126,13 +127,18 @@ def picture_hash(picture: np.ndarray) -> str:
 
 
 def in_batches(questions: Iterable[Asked], size: int) -> Iterator[list[Asked]]:
-    """Yield questions in batches whose pictures have one size and whose answers have one limit, as `Family.answer` needs it."""
+    """Yield questions in batches whose pictures have one size and whose answers have one limit, as `Family.answer` needs it.
+
+    Pictures come in many sizes, so questions wait for others like them. Only so many wait, because their pictures are in memory.
+    """
     waiting: dict[tuple[Any, ...], list[Asked]] = {}
     for question in questions:
         key = (question.picture.shape, question.max_new_tokens)
         waiting.setdefault(key, []).append(question)
         if len(waiting[key]) == size:
             yield waiting.pop(key)
+        elif sum(map(len, waiting.values())) > WAITING * size:
+            yield waiting.pop(max(waiting, key=lambda key: len(waiting[key])))
     yield from waiting.values()
 
 
