@@ -59,6 +59,13 @@ def test_a_scorer_sees_its_own_categories_only():
     assert total(works, "external", judge="shapes", node="base") == 12 * 2
 
 
+def test_a_scorer_that_an_audit_compares_with_other_judges_sees_all_images():
+    table = {"kind": "table", "files": ["table.csv"]}
+    changes = {"judges": {"detector": table}, "benchmarks": {"validation": {"scorers": {"complex": "detector"}}}}
+    works = cost.works_of(config_of(**changes, audit={"judges": ["detector"]}), PROMPTS)
+    assert total(works, "external", judge="detector", node="base") == 12 * 2
+
+
 def test_a_judge_that_reads_the_answers_of_another_one_sees_nothing():
     boxes = {"kind": "detector", "checkpoint": "dfine"}
     judges = {"boxes": boxes, "again": boxes | {"rules": "upstream"}, "finer": boxes | {"detection_threshold": 0.1}}
@@ -67,6 +74,8 @@ def test_a_judge_that_reads_the_answers_of_another_one_sees_nothing():
     assert total(works, "external", judge="boxes", node="base") == 4 * 2
     assert total(works, "external", judge="finer", node="base") == 8 * 2
     assert not [work for work in works if work.judge == "again"]
+    audited = config_of(judges=judges, benchmarks={"validation": chosen}, audit={"judges": ["again"]})
+    assert total(cost.works_of(audited, PROMPTS), "external", judge="again", node="base") == 12 * 2  # boxes sees complex only
 
 
 def test_an_audit_counts_what_its_models_draw_and_judge():

@@ -138,6 +138,18 @@ def test_a_judge_asks_for_the_gpus_of_its_own_settings(tmp_path):
     assert dict(asked) == {"four": "4", "one": "1", "none": "0"}
 
 
+def test_a_scorer_that_an_audit_compares_with_other_judges_judges_all_images(tmp_path):
+    (tmp_path / "table.csv").write_text("candidate_id,verdict\n")
+    judges = {name: {"kind": "table", "files": [str(tmp_path / "table.csv")]} for name in ("people", "color")}
+    scorers = {"color": "people", "shape": "color"}
+    write_config(tmp_path, judges=judges, benchmarks={"validation": {"scorers": scorers}}, audit={"judges": ["people"]})
+    files = [f"results/small/base/verdicts/{name}/validation/0000.parquet" for name in judges]
+    output = completed(tmp_path, "-n", "--printshellcmds", *files)
+    commands = dict(re.findall(r"stages\.judge .*--judge (\w+)(.*)", output))
+    assert "--categories" not in commands["people"]
+    assert "--categories shape" in commands["color"]
+
+
 def test_overlapping_prompts_are_refused_before_anything_is_drawn(tmp_path):
     (tmp_path / "train.txt").write_text("a red dog\na blue cat\n")
     (tmp_path / "val.txt").write_text("A blue cat.\n")

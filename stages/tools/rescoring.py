@@ -21,25 +21,33 @@ def measuring(fields: dict[str, Any]) -> dict[str, Any]:
     return {key: measuring(value) if isinstance(value, dict) else value for key, value in fields.items() if key not in FREE}
 
 
-def seen(config: Config, benchmark: str, judge: str) -> set[str] | None:
-    """Return the categories of a benchmark whose images a judge sees, as the workflow does it; None if it sees all images."""
-    if judge == config.benchmarks[benchmark].judge:
+def looking(config: Config, benchmark: str) -> list[str]:
+    """Return the judges that look at a benchmark's images, for its metrics or for an audit."""
+    return [*config.benchmark_judges(benchmark), *config.audit.judges]
+
+
+def seen(config: Config, benchmark: str, judge: str) -> list[str] | None:
+    """Return the categories of a benchmark whose images a judge sees; None if it sees all images.
+
+    A judge that only scores some categories sees their images, unless an audit compares it with other judges on all images.
+    """
+    if judge == config.benchmarks[benchmark].judge or judge in config.audit.judges:
         return None
-    return set(config.scored_categories(benchmark, judge)) or None
+    return config.scored_categories(benchmark, judge) or None
 
 
 def covers(config: Config, benchmark: str, first: str, second: str) -> bool:
     """Return whether the first judge sees all images of a benchmark that the second one sees."""
-    if first not in config.benchmark_judges(benchmark):
+    if first not in looking(config, benchmark):
         return False
     of_first, of_second = seen(config, benchmark, first), seen(config, benchmark, second)
-    return of_first is None or (of_second is not None and of_second <= of_first)
+    return of_first is None or (of_second is not None and set(of_second) <= set(of_first))
 
 
 def source_of(config: Config, judge: str) -> str | None:
     """Return the judge of the run from whose answers a judge's verdicts are computed; None if it looks at images itself."""
     chosen = config.judge(judge)
-    places = [name for name in config.benchmarks if judge in config.benchmark_judges(name)]
+    places = [name for name in config.benchmarks if judge in looking(config, name)]
     if judge_kind(chosen.kind).from_answer is None or not places:
         return None
     asked = measuring(chosen.model_dump())

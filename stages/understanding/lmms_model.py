@@ -129,7 +129,7 @@ def picture_hash(picture: np.ndarray) -> str:
 def in_batches(questions: Iterable[Asked], size: int) -> Iterator[list[Asked]]:
     """Yield questions in batches whose pictures have one size and whose answers have one limit, as `Family.answer` needs it.
 
-    Pictures come in many sizes, so questions wait for others like them. Only so many wait, because their pictures are in memory.
+    Pictures come in many sizes, so questions wait for others like them. Few wait, because their pictures are in memory.
     """
     waiting: dict[tuple[Any, ...], list[Asked]] = {}
     for question in questions:

@@ -135,9 +135,9 @@ def verdict_files(node, benchmark):
 
 def judged_categories(wildcards):
     """Return the categories of a judge that is only a scorer for some categories; empty if it judges all images."""
-    if wildcards.set not in BENCHMARKS or wildcards.judge == settings.benchmarks[wildcards.set].judge:
+    if wildcards.set not in BENCHMARKS:
         return []
-    return settings.scored_categories(wildcards.set, wildcards.judge)
+    return rescoring.seen(settings, wildcards.set, wildcards.judge) or []
 
 
 def judge_settings(name):
