@@ -27,12 +27,7 @@ def judges_of(config: Config, benchmark: str, categories: set[str]) -> metrics.J
     if benchmark not in config.benchmarks:
         raise UserError(f"--benchmark {benchmark}: not in the section benchmarks, which has {', '.join(config.benchmarks)}")
     chosen = config.benchmarks[benchmark]
-    for key in ("scorers", "second_scorers"):
-        if unknown := sorted(getattr(chosen, key).keys() - categories):
-            raise UserError(
-                f"benchmarks.{benchmark}.{key}.{unknown[0]}: the benchmark has no prompt of this category; "
-                f"its categories are {', '.join(sorted(categories))}"
-            )
+    config.require_scored(benchmark, categories)
     return metrics.Judges(chosen.judge, config.scorers(benchmark), chosen.second_scorers)
 
 

@@ -1,6 +1,7 @@
-"""Check that no training prompt also stands in a benchmark, and write how many prompts each set has.
+"""Check that no training prompt also stands in a benchmark and that every scorer has a category, and count each set's prompts.
 
-python -m stages.prompt_sets --train prompts/train.parquet --benchmarks prompts/validation.parquet --out prompts/sets.parquet
+    python -m stages.prompt_sets --config config.yaml --train prompts/train.parquet \\
+        --benchmarks prompts/validation.parquet --out prompts/sets.parquet
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ from collections import Counter
 from pathlib import Path
 
 from stages.common import manifests
+from stages.common.config import load
 from stages.common.errors import UserError, run_stage
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--train", type=Path, required=True, help="prompt manifest of the training prompts")
     parser.add_argument("--benchmarks", type=Path, nargs="*", default=[], help="prompt manifests, named by their benchmark")
     parser.add_argument("--out", type=Path, required=True, help="table of the sets (Parquet)")
     arguments = parser.parse_args()
+    config = load(arguments.config)
     training = manifests.read_rows(arguments.train, "prompts")
     known = {row["prompt_id"] for row in training}
     sets = {"train": training} | {path.stem: manifests.read_rows(path, "prompts") for path in arguments.benchmarks}
@@ -30,6 +34,7 @@ def main() -> None:
                 f"{shared[0]!r}; list the benchmark's files in prompts.exclude, or the training files in "
                 f"benchmarks.{path.stem}.prompts.exclude"
             )
+        config.require_scored(path.stem, {row["category"] for row in sets[path.stem]})
     counts = {name: Counter(row["category"] for row in rows) for name, rows in sets.items()}
     table = [
         {"set": name, "category": category, "prompts": count}

@@ -6,6 +6,7 @@ import subprocess
 import pytest
 import yaml
 
+from stages.common import manifests
 from stages.tools.interrupted import read_jobs
 from tests.helpers import (
     ROOT,
@@ -13,6 +14,7 @@ from tests.helpers import (
     call,
     completed,
     copy_of_the_project,
+    done,
     environment,
     measured,
     merged,
@@ -162,3 +164,17 @@ def test_overlapping_prompts_are_refused_before_anything_is_drawn(tmp_path):
     fields["prompts"]["exclude"] = [str(tmp_path / "val.txt")]
     config.write_text(yaml.safe_dump(fields))
     assert snakemake(tmp_path, "--cores", 2, "results/small/prompts/sets.parquet").returncode == 0
+
+
+def test_a_scorer_of_a_category_without_prompts_is_refused_before_anything_is_drawn(tmp_path):
+    rows = {
+        name: [{"prompt_id": name, "prompt": name, "category": "color", "source": "text", "split": "text"}] for name in "ab"
+    }
+    for name in rows:
+        manifests.write(tmp_path / f"{name}.parquet", "prompts", rows[name], stage="stages.prompts")
+    files = ("--train", tmp_path / "a.parquet", "--benchmarks", tmp_path / "b.parquet", "--out", tmp_path / "sets.parquet")
+    fields = {"prompts": {"source": "shapes"}, "scorers": {"color": "shapes", "colour": "shapes"}}
+    config = write_config(tmp_path, benchmarks={"b": fields})
+    refused(stage("prompt_sets", "--config", config, *files), "benchmarks.b.scorers.colour", "categories are color", "null")
+    config = write_config(tmp_path, benchmarks={"b": merged(fields, {"scorers": {"colour": None}})})
+    done("prompt_sets", "--config", config, *files)

@@ -381,7 +381,7 @@ def test_a_scorer_of_a_category_that_is_not_there_is_named(evaluated, tmp_path):
     text = (tmp_path / "config.yaml").read_text()
     (tmp_path / "config.yaml").write_text(text.replace("shape: people", "shapes: people"))
     scores = write_scores(tmp_path / "own.parquet", [0.9] * 5, "11111")
-    with pytest.raises(UserError, match=r"benchmarks.judged.scorers.shapes.*color, shape"):
+    with pytest.raises(UserError, match=r"benchmarks.judged.scorers.shapes.*color, shape.* set it to null"):
         evaluated("judged", scores, scores)
 
 

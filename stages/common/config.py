@@ -63,6 +63,12 @@ class Benchmark(Section):
         "benchmark can then be scored by its published formula and by a mended one at once.",
     )
 
+    @field_validator("scorers", "second_scorers", mode="before")
+    @classmethod
+    def _without_removed(cls, scorers: Any) -> Any:
+        """Leave out categories without a judge: a file laid over a preset removes the preset's scorers in this way."""
+        return {key: name for key, name in scorers.items() if name is not None} if isinstance(scorers, dict) else scorers
+
 
 class Generate(Section):
     """How candidates are drawn."""
@@ -735,6 +741,15 @@ class Config(Section):
         """Return the categories of a benchmark that have a scorer of their own, with the name of that judge."""
         chosen = self.benchmarks[benchmark]
         return dict(open_suite(chosen.prompts.source).scorers) | chosen.scorers
+
+    def require_scored(self, benchmark: str, categories: set[str]) -> None:
+        """Raise UserError on a scorer of a category that the prompts of the benchmark do not have."""
+        for key in ("scorers", "second_scorers"):
+            if unknown := sorted(getattr(self.benchmarks[benchmark], key).keys() - categories):
+                raise UserError(
+                    f"benchmarks.{benchmark}.{key}.{unknown[0]}: the benchmark has no prompt of this category; its categories "
+                    f"are {', '.join(sorted(categories))}. Correct the name, or set it to null"
+                )
 
     def benchmark_judges(self, benchmark: str) -> list[str]:
         """Return the names of all judges that look at a benchmark's images, the external judge first."""

@@ -37,9 +37,10 @@ needs what differs from a preset:
 
     snakemake --cores 8 --configfile configs/janus-pro-7b.yaml mine.yaml
 
-Lists are replaced as a whole, mappings are merged. Where a preset's prompts have a key that your `source` does not know, set
-the key to null. Without `--configfile`, [config.yaml](../config.yaml) is used. A key that is not known is an error that names
-the nearest known key. The merged configuration is written to `results/<run>/run_config.yaml`.
+Lists are replaced as a whole, mappings are merged. A benchmark, a judge, an arm or a scorer of a preset is removed with null.
+Where a preset's prompts have a key that your `source` does not know, set the key to null. Without `--configfile`,
+[config.yaml](../config.yaml) is used. A key that is not known is an error that names the nearest known key. The
+merged configuration is written to `results/<run>/run_config.yaml`.
 """
 
 

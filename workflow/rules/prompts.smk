@@ -30,7 +30,7 @@ rule prompts:
 
 
 rule prompt_sets:
-    """Fail if a benchmark contains training prompts, before any image is drawn."""
+    """Fail if a benchmark contains training prompts, or lacks a category that has a scorer, before any image is drawn."""
     input:
         train=f"{RUN}/prompts/train.parquet",
         benchmarks=expand(f"{RUN}/prompts/{{benchmark}}.parquet", benchmark=BENCHMARKS),
@@ -44,10 +44,13 @@ rule prompt_sets:
         mem_mb=1000,
     params:
         code=code("stages.prompt_sets"),
+        config=CONFIG,
+        scorers={name: (chosen.scorers, chosen.second_scorers) for name, chosen in settings.benchmarks.items()},
     message:
         "Prompts: no benchmark overlaps the training set"
     shell:
         "python -m stages.prompt_sets"
+        " --config {params.config:q}"
         " --train {input.train:q}"
         " --benchmarks {input.benchmarks:q}"
         " --out {output:q}"
