@@ -466,9 +466,11 @@ def test_genevals_subtasks_are_those_that_are_asked_for(tmp_path):
 
 
 def write_geneval(path: Path) -> Path:
-    tags = ("single_object", "counting", "two_object", "color_attr")
+    tags, include = ("single_object", "counting", "two_object", "color_attr"), [{"class": "car", "count": 1}]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"tag": tag, "prompt": f"a photo for {tag}"}) + "\n" for tag in tags))
+    path.write_text(
+        "".join(json.dumps({"tag": tag, "prompt": f"a photo for {tag}", "include": include}) + "\n" for tag in tags)
+    )
     return path
 
 

@@ -1,12 +1,14 @@
 """Prompt files as they occur in practice, with line ends of all kinds, blank lines, duplicates and errors."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from stages.common import manifests
+from stages.common.errors import UserError
 from stages.prompts import collect, prompt_id
 from stages.suites.geneval import GenevalPrompts
 from stages.suites.shapes import ShapesPrompts
@@ -68,6 +70,25 @@ def test_geneval_metadata(tmp_path):
     rows, _ = collect(GenevalPrompts(source="geneval", files=[str(tmp_path / "m.jsonl")]), 0)
     assert rows[0]["category"] == "counting"
     assert json.loads(rows[0]["metadata"])["include"][0]["count"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt": 5}, "m.jsonl:2: prompt is 5, not a text"),
+        ({"tag": None}, "m.jsonl:2: tag is None, not a text"),
+        ({"include": None}, "m.jsonl: prompt 'a photo of a bus': include: "),
+        (
+            {"include": [{"class": "buss", "count": 1}]},
+            "m.jsonl: prompt 'a photo of a bus': include.0.class: 'buss' is not one of",
+        ),
+    ],
+)
+def test_a_broken_line_of_geneval_metadata_is_named(changes, words, tmp_path):
+    line = {"tag": "single_object", "include": [{"class": "bus", "count": 1}], "prompt": "a photo of a bus"}
+    (tmp_path / "m.jsonl").write_text("\n" + json.dumps(line | changes) + "\n")
+    with pytest.raises(UserError, match=re.escape(words)):
+        collect(GenevalPrompts(source="geneval", files=[str(tmp_path / "m.jsonl")]), 0)
 
 
 @needs_benchmarks

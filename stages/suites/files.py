@@ -48,7 +48,10 @@ def text_lines(path: Path) -> list[str]:
 
 
 def geneval_rows(path: Path) -> list[PromptRow]:
-    """Return the prompts of GenEval's metadata (djghosh13/geneval, prompts/evaluation_metadata.jsonl)."""
+    """Return the prompts of GenEval's metadata (djghosh13/geneval, prompts/evaluation_metadata.jsonl).
+
+    Only prompt and tag are read here. Raises UserError with file and line where they are no texts.
+    """
     rows: list[PromptRow] = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
@@ -58,6 +61,11 @@ def geneval_rows(path: Path) -> list[PromptRow]:
             row: PromptRow = {"prompt": fields["prompt"], "category": fields["tag"]}
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}:{number}: not a GenEval line (JSON with tag and prompt)") from None
+        for key in ("prompt", "tag"):
+            if not isinstance(fields[key], str) or not fields[key].strip():
+                raise UserError(
+                    f"{path}:{number}: {key} is {fields[key]!r}, not a text; correct this line of GenEval's metadata"
+                )
         row["metadata"] = json.dumps(fields, sort_keys=True)
         if difficulty := GENEVAL_DIFFICULTY.get(fields["tag"]):
             row["difficulty"] = difficulty

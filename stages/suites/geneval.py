@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from stages.common.errors import UserError
+from stages.judges.geneval_rules import read_metadata
 from stages.suites.base import PromptRow, PromptSource, Suite
 from stages.suites.files import geneval_rows
 
@@ -23,10 +25,16 @@ class GenevalPrompts(PromptSource):
 
 
 def rows(settings: GenevalPrompts) -> list[PromptRow]:
-    """Return the prompts of all files, in order."""
+    """Return the prompts of all files, in order. Raises UserError where a prompt does not say what its image must show."""
     found: list[PromptRow] = []
     for name in settings.files:
         for row in geneval_rows(Path(name)):
+            try:
+                read_metadata(row["metadata"])
+            except ValueError as error:
+                raise UserError(
+                    f"{name}: prompt {row['prompt']!r}: {error}; correct this line, or fetch GenEval's metadata again"
+                ) from None
             row["split"] = "geneval"
             found.append(row)
     return found
