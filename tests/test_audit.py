@@ -549,6 +549,21 @@ def test_any_configuration_can_be_audited_before_it_is_trained(tmp_path):
     assert snakemake(tmp_path, "-n", "precision").returncode == 0
 
 
+def test_an_audit_depends_on_the_epochs_of_the_arms_and_on_measured_speeds(tmp_path):
+    """From both follow its GPU hours."""
+    source = copy_of_the_project(tmp_path)
+    rules = source / "workflow/rules/audit.smk"  # whose command shall show them
+    rules.write_text(
+        rules.read_text().replace("python -m stages.audit", "{params.epochs} {input.speeds} python -m stages.audit")
+    )
+    speed = source / "speed/results/drawing.json"
+    speed.parent.mkdir(parents=True)
+    speed.write_text("{}")
+    write_config(tmp_path / "run", audit={"device": "H100"})
+    output = completed(tmp_path / "run", "-n", "--printshellcmds", "audit", source=source)
+    assert f"{{'sft': 2, 'dpo': 1, 'c-sft': 2}} {speed} python -m stages.audit" in output
+
+
 def test_the_forecast_is_held_against_what_a_run_has_selected_and_gained(run, tmp_path):
     _, folder, _ = run
     results = folder / "results/small"

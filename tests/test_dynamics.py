@@ -3,6 +3,7 @@
 import re
 import shutil
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pandas
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 from stages.common import manifests
-from stages.common.config import Train
+from stages.common.config import Train, load
 from stages.common.settings import Score
 from stages.dynamics import gradients, likelihood
+from stages.dynamics.command import model_facts, training_facts
 from stages.dynamics.items import similarity
 from stages.dynamics.precision import double
 from stages.dynamics.terms import Terms, blocks
@@ -435,6 +437,28 @@ def test_a_dry_run_plans_it_and_every_job_can_say_what_it_needs(target, tmp_path
         if name != target:
             wanted = ["mem_mb"] if name in light else ["mem_mb", "runtime"]
             assert all(re.search(rf"resources:.*\b{key}=\d+", text) for key in wanted), text
+
+
+def test_rules_and_kept_batches_depend_on_how_the_examined_arms_train(tmp_path):
+    """Otherwise a page would mix terms of two losses after a change of the configuration."""
+    source = copy_of_the_project(tmp_path)
+    rules = source / "workflow/rules/dynamics.smk"  # whose commands shall show the parameter
+    rules.write_text(
+        re.sub(r'("python -m stages\.dynamics\.(terms|steps|sketch|logits))"', r'\1 \"{params.train}\""', rules.read_text())
+    )
+    shared, arms = {"nll_weight": 0.125, "lora_rank": 3, "lora_alpha": 5}, {"dpo": {"train": {"beta": 0.375}}}
+    config = write_config(tmp_path / "run", train=shared, arms=arms)
+    output = completed(tmp_path / "run", "-n", "--printshellcmds", "dynamics", source=source)
+    commands = dict(re.findall(r"python -m stages\.dynamics\.(terms|steps|sketch|logits) (.*) --config", output))
+    trained, minimised = ["'lora_rank': 3", "'lora_alpha': 5", "'trainable': 'llm'"], ["'beta': 0.375", "'nll_weight': 0.125"]
+    for name, command in commands.items():
+        assert all(text in command for text in trained + (minimised if name != "logits" else [])), (name, command)
+    assert set(commands) == {"terms", "steps", "sketch", "logits"}
+
+    loaded, checkpoint = load(config), Path(TINY)
+    other = loaded.model_copy(update={"model": loaded.model.model_copy(update={"dtype": "bfloat16"})})
+    assert model_facts(other, checkpoint) != model_facts(loaded, checkpoint)
+    assert [of["beta"] for of in training_facts(loaded, [{"arm": "dpo"}])] == [0.1, 0.375]
 
 
 def test_the_cost_of_sketches_is_said_beforehand(chosen, tmp_path):

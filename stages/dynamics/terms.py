@@ -24,7 +24,7 @@ from stages.common.config import load
 from stages.common.errors import run_stage
 from stages.common.fingerprints import code
 from stages.common.registry import entry
-from stages.dynamics.command import parser, read_probes, write_batches
+from stages.dynamics.command import model_facts, parser, read_probes, training_facts, write_batches
 from stages.dynamics.items import shard_of
 from stages.families import checkpoint_hash
 
@@ -117,8 +117,9 @@ def main() -> None:
              "trainable": config.train.trainable, "parameters": config.dynamics.parameters}  # fmt: skip
     uses = [entry("FAMILIES", family)]
     parents = [arguments.probes, arguments.rows, *arguments.candidates]
-    key = ("dynamics terms", code("stages.dynamics.terms", mentioned=uses), facts, config.score.model_dump(),
-           config.dynamics.memory, *map(manifests.content_hash, parents))  # fmt: skip
+    key = ("dynamics terms", code("stages.dynamics.terms", mentioned=uses), facts, model_facts(config, arguments.checkpoint),
+           training_facts(config, rows), config.score.model_dump(), config.dynamics.memory,
+           *map(manifests.content_hash, parents))  # fmt: skip
     held = blocks([*rows, *every], material.parameters.size, config.dynamics.memory)
     batches = [(block, part) for block in held for part in planned(probes, BATCH)]
     print(f"{len(probes)} probes, {len(rows)} rows and {len(every)} kernel rows, {material.parameters.size:,} parameters: "

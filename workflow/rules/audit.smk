@@ -12,6 +12,7 @@ if BENCHMARKS:
             scores=audited_files("scores"),
             verdicts=audited_files("verdicts"),
             paper=PAPER,
+            speeds=measured_speeds(),
         output:
             [path for path in audit_files() if "judge_report" not in path and not path.endswith(".png")],
             plot=report(f"{AUDIT}/audit.png", caption="../report/audit.rst", category="Results"),
@@ -28,6 +29,7 @@ if BENCHMARKS:
             settings=settings.audit.model_dump(exclude={"models"}),
             selections={name: selection_settings(name) for name in settings.arms} or settings.pairs.model_dump(),
             candidates=settings.generate.candidates,
+            epochs={name: arm.epochs for name, arm in settings.arms.items()},
             recipe=lambda wildcards: [
                 recipe.drawing(settings.audited(model)) + recipe.asking(settings.audited(model)) for model in TO_AUDIT
             ],

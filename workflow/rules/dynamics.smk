@@ -71,7 +71,7 @@ if PROBED:
             checkpoint=lambda wildcards: checkpoint_folder(wildcards.node),
             shard=lambda wildcards: f"{int(wildcards.shard)}/{len(PIECES)}",
             settings=dynamics_settings("stages.dynamics.terms"),
-            trainable=settings.train.trainable,
+            train=dynamics_training("stages.dynamics.terms"),
             score=read_by("stages.dynamics.terms", settings.score, without=["batch_size"]),
             model=MODEL,
         message:
@@ -112,7 +112,7 @@ if PROBED:
             config=CONFIG,
             checkpoint=lambda wildcards: checkpoint_folder("base"),
             settings=dynamics_settings("stages.dynamics.steps"),
-            train=[training_settings(arm) for arm in examined_arms()],
+            train=dynamics_training("stages.dynamics.steps"),
             score=read_by("stages.dynamics.steps", settings.score, without=["batch_size"]),
             model=MODEL,
         message:
@@ -195,6 +195,7 @@ if PROBED:
             config=CONFIG,
             checkpoint=lambda wildcards: checkpoint_folder("base"),
             settings=dynamics_settings("stages.dynamics.logits"),
+            train=read_by("stages.dynamics.logits", settings.train, without=WITHOUT_OUTCOME),
             seed=settings.seed,
             model=MODEL,
         message:
@@ -270,7 +271,7 @@ if PROBED:
             checkpoint=lambda wildcards: checkpoint_folder("base"),
             shard=lambda wildcards: f"{int(wildcards.shard)}/{len(PIECES)}",
             settings=dynamics_settings("stages.dynamics.sketch"),
-            train=read_by("stages.dynamics.sketch", settings.train, without=WITHOUT_OUTCOME),
+            train=dynamics_training("stages.dynamics.sketch"),
             model=MODEL,
         message:
             "Dynamics: compressed gradients, shard {wildcards.shard}"

@@ -55,6 +55,13 @@ def dynamics_settings(stage, without=("shards", "memory")):
     return read_by(stage, settings.dynamics, without=without)
 
 
+def dynamics_training(stage):
+    """Return the settings of training that a stage reads: what is trained, and what the rows of each examined arm minimise."""
+    arms = dict.fromkeys([*examined_arms(), *(REPLAYS[name].node.arm for name in examined_replays())])
+    sections = [settings.train, *map(settings.arm_train, arms)]
+    return [read_by(stage, section, without=WITHOUT_OUTCOME) for section in sections]
+
+
 def followed_arms():
     """Return the examined arms whose training can be followed: those without replay that train plainly."""
     arms = [arm for arm in examined_arms() if not settings.arms[arm].replay_epochs]

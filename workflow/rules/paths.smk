@@ -315,6 +315,11 @@ def audited_files(kind):
     return [path for name, model, folder in audited_folders(kind) for path in shard_files(model, folder, name)]
 
 
+def measured_speeds():
+    """Return the files from which the audit's GPU hours follow, if a device is named: otherwise none is read."""
+    return [str(path) for path in sorted(cost.SPEEDS.glob("*.json"))] if settings.audit.device else []
+
+
 def audited_arguments(kind, folders):
     """Return the arguments that give a stage these files."""
     return [f"--{kind} {name} {model} {shard_range(model, folder, name)}" for name, model, folder in folders]
