@@ -14,6 +14,7 @@ from stages.common import manifests
 from stages.common.config import Train, load
 from stages.common.settings import Score
 from stages.dynamics import gradients, likelihood
+from stages.dynamics.claims import Pairs, interval
 from stages.dynamics.command import model_facts, training_facts
 from stages.dynamics.items import similarity
 from stages.dynamics.precision import double
@@ -405,6 +406,18 @@ def test_without_exact_terms_there_are_similarities_and_densities(examined, chos
     assert len(list(folder.glob("*.png"))) == 1
     done("dynamics.claims", *arguments, "--dynamics", folder, "--out", folder / "claims.parquet")
     assert set(pandas.read_parquet(folder / "claims.parquet").claim) == {"density", "corrections"}
+
+
+def test_intervals_over_pairs_of_two_probes_contain_the_truth_as_often_as_they_say():
+    """A pair's value is the sum of what its two probes bring, so a probe that is drawn twice counts on both sides."""
+    generator, count, trials = np.random.default_rng(0), 60, 300
+    probes = [{"candidate_id": f"image {number}", "prompt_id": f"prompt {number}"} for number in range(count)]
+    pairs, others, covered = Pairs(probes, probes), ~np.eye(count, dtype=bool), 0
+    for _ in range(trials):
+        brought = generator.normal(size=count)
+        found = interval("category", "kernel", "mean", pairs.mean(brought[:, None] + brought, others), count)
+        covered += found.ci_low <= 0 <= found.ci_high
+    assert 0.91 <= covered / trials <= 0.98
 
 
 def test_judging_is_counted_by_category(examined):

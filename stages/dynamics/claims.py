@@ -46,8 +46,9 @@ The group `compressed` has estimates from compressed gradients in the place of e
 for category, pair, rows and proxies. Their `beyond_noise` is the share of pairs whose estimate is more than twice as large as
 the standard deviation of its error, of which independent errors alone would give five percent.
 
-Intervals are 95 %: 1,000 resamples of prompts with their probes, and of training rows where there are any, both at once. There
-is none where all resamples agree, such as where a share is 0 or 1.
+Intervals are 95 %: 1,000 resamples of prompts with their probes, and of training rows where there are any, both at once. Where
+pairs are of two probes (kernel), one resample of prompts draws both of them. There is no interval where all resamples agree, as
+they do where a share is 0 or 1.
 """
 
 from __future__ import annotations
@@ -149,12 +150,19 @@ def area(scores: np.ndarray, right: np.ndarray) -> float:
 
 
 class Pairs:
-    """Pairs of a probe and a training row, with resamples of both at once. A result has an entry for each resample."""
+    """Pairs of a probe and a training row, with resamples of both at once. A result has an entry for each resample.
+
+    Where the rows are probes themselves, a resample draws each prompt as often on one side of the pairs as on the other.
+    """
 
     def __init__(self, probes: Sequence[Row], rows: Sequence[Row]) -> None:
-        self.left = weights([probe["prompt_id"] for probe in probes], "probes")
-        self.right = weights([str(row.get("row_id", row.get("candidate_id"))) for row in rows], "rows")
         self.shape = (len(probes), len(rows))
+        if all("row_id" in row for row in rows):
+            self.left = weights([probe["prompt_id"] for probe in probes], "probes")
+            self.right = weights([row["row_id"] for row in rows], "rows")
+        else:
+            both = weights([probe["prompt_id"] for probe in (*probes, *rows)], "probes")
+            self.left, self.right = both[:, : len(probes)], both[:, len(probes) :]
 
     def mean(self, values: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """Return the mean of values `[probes, rows]` over the pairs of a mask, `[1 + ROUNDS]`."""
