@@ -4,6 +4,7 @@ import re
 import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -12,11 +13,13 @@ import torch
 
 from stages.common import manifests
 from stages.common.config import Train, load
+from stages.common.errors import UserError
 from stages.common.settings import Score
 from stages.dynamics import gradients, likelihood
 from stages.dynamics.claims import Pairs, interval
 from stages.dynamics.command import model_facts, training_facts
 from stages.dynamics.items import similarity
+from stages.dynamics.material import Material
 from stages.dynamics.precision import double
 from stages.dynamics.terms import Terms, blocks
 from stages.families import describe
@@ -172,6 +175,27 @@ def test_gradients_are_finite_differences(small, name):
     value, derivative = gradients.directional(model.view.model, parameters, function, direction)
     assert float(derivative) == pytest.approx(float(vector @ direction), rel=1e-8)
     assert float(value) == pytest.approx(float(function().detach()), rel=1e-12)
+
+
+def test_the_loss_of_a_row_is_the_one_that_its_arm_trains(small):
+    """TRL's ipo compares means over the image's 16 tokens, and image_weight scales the loss of every image."""
+    model, parameters = small
+    arm = Train(beta=0.2, dpo_loss="ipo", nll_weight=0.5, image_weight=0.25)
+    pictures = SimpleNamespace(pictures=lambda names: picture(int(names[0])))
+    material = Material(model, parameters, pictures, [], SimpleNamespace(arm_train=lambda name: arm))
+    row = {"arm": "mine", "prompt": PROMPTS[0], "seed": 0, "chosen": "2", "rejected": None}
+    chosen, rejected = (log_p(model, PROMPTS[0], number).detach() for number in (2, 3))
+    assert near(material.losses([row])[0].detach(), -0.25 * chosen / 16)
+    ipo = ((chosen - rejected - 1.5) / 16 - 1 / (2 * 0.2)) ** 2
+    found = material.losses([row | {"rejected": "3", "reference": 1.5}])[0].detach()
+    assert near(found, 0.25 * (ipo - 0.5 * chosen / 16))
+
+
+def test_an_arm_that_trains_on_no_image_has_no_learning_dynamics(tmp_path):
+    judging = {"objective": "sft", "epochs": 1, "train": {"image_weight": 0.0, "judge_anchor_weight": 1.0}}
+    config = write_config(tmp_path, arms={"judging": judging}, dynamics={"arms": ["judging"]})
+    with pytest.raises(UserError, match=r"dynamics.arms: judging has train.image_weight 0, .* name other arms"):
+        load(config)
 
 
 # --- the commands ------------------------------------------------------------------------------------------------------
@@ -345,6 +369,23 @@ def test_a_followed_training_is_the_trainers(examined):
         assert np.corrcoef(part.summed, part.measured)[0, 1] > 0.9, quantity
     likelihoods = path[path.quantity == "g"]
     assert likelihoods.measured.mean() == pytest.approx(likelihoods.summed.mean(), rel=0.2)
+
+
+@pytest.mark.slow
+def test_a_followed_training_with_another_preference_loss_is_the_trainers(chosen, small_inputs, tmp_path):
+    text = (chosen[0] / "config.yaml").read_text()
+    text = text.replace("segments: 50", "segments: 1").replace("train:\n", "train:\n  dpo_loss: ipo\n  image_weight: 0.5\n", 1)
+    (tmp_path / "config.yaml").write_text(text)
+    config, images = ("--config", tmp_path / "config.yaml"), chosen[1][-2:]
+    prompts = ("--prompts", small_inputs / "prompts.parquet")
+    pairs, schedule = tmp_path / "reference.parquet", tmp_path / "schedule.parquet"
+    done("reference", *config, *prompts, *images, "--pairs", chosen[0] / "dpo.parquet", "--out", pairs)
+    done("schedule", *config, "--arm", "dpo", "--epochs", 1, "--pairs", pairs, "--out", schedule)
+    training = (*config, "--arm", "dpo", *prompts, *images, "--schedule", schedule)
+    trained(training, tmp_path)
+    done("dynamics.follow", *training, "--probes", chosen[0] / "probes.parquet", "--checkpoint", TINY,
+         "--trained", tmp_path / "checkpoint", "--out", tmp_path / "path.parquet")  # fmt: skip
+    assert manifests.facts(tmp_path / "path.parquet")["settings"]["distance"] < 1e-3
 
 
 def test_sketches_give_nearly_the_exact_terms(examined):

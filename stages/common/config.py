@@ -315,7 +315,8 @@ class Dynamics(Section):
     arms: list[str] = Field(
         default=[],
         description="The arms whose training rows are examined and whose training is followed. Empty: the first arm of each "
-        "objective that does not replay, and the first of each that does for its replayed rows.",
+        "objective that does not replay, and the first of each that does for its replayed rows. Arms with image_weight 0 are "
+        "left out.",
     )
     images: Positive = Field(
         default=480, description="Images of the base model whose log-likelihood is followed through training."
@@ -574,6 +575,11 @@ class Config(Section):
         if chosen.benchmark is not None and chosen.benchmark not in self.benchmarks:
             problems.append(f"dynamics.benchmark: no benchmark {chosen.benchmark!r} in the section benchmarks")
         problems += [f"dynamics.arms: no arm {arm!r} in the section arms" for arm in chosen.arms if arm not in self.arms]
+        for arm in (arm for arm in chosen.arms if arm in self.arms):
+            if self.arms[arm].train.get("image_weight", self.train.image_weight) == 0:
+                problems.append(
+                    f"dynamics.arms: {arm} has train.image_weight 0, so a step on an image changes nothing; name other arms"
+                )
         if chosen.probes > chosen.images:
             problems.append(f"dynamics.probes is above dynamics.images ({chosen.images}); lower it")
         return problems

@@ -88,6 +88,9 @@ def dpo_losses(
     """
     difference = log_likelihoods(model, prompts, chosen, seeds) - log_likelihoods(model, prompts, rejected, seeds)
     margin = difference - (difference.detach() if reference is None else reference)
+    if settings.dpo_loss == "ipo" and model.view.losses is None:  # TRL compares means over tokens; all images have equally many
+        assert model.view.token_rows is not None
+        margin = margin / len(model.view.token_rows.ids(prompts, chosen)[0][1])
     own = sft_losses(model, prompts, chosen, seeds) if settings.nll_weight else torch.zeros_like(margin)
     return preference_loss(margin, settings) + settings.nll_weight * own
 

@@ -91,21 +91,22 @@ class Material:
         return total
 
     def losses(self, rows: Sequence[Row]) -> torch.Tensor:
-        """Return what each training row's objective minimises, `[n]`; all rows have the same objective.
+        """Return what each training row's arm minimises, `[n]`, without a judge anchor; all rows are of one arm.
 
         For DPO, a row may bring `reference`, the log-likelihood of its chosen minus that of its rejected image under the
         reference model; rows without it are compared with the model itself.
         """
         prompts, seeds = [row["prompt"] for row in rows], np.array([row["seed"] for row in rows], dtype=np.int64)
         chosen = self.candidates.pictures([row["chosen"] for row in rows])
-        if not rows[0]["rejected"]:
-            return likelihood.sft_losses(self.model, prompts, chosen, seeds)
-        rejected = self.candidates.pictures([row["rejected"] for row in rows])
         settings = self.config.arm_train(rows[0]["arm"])
+        if not rows[0]["rejected"]:
+            return settings.image_weight * likelihood.sft_losses(self.model, prompts, chosen, seeds)
+        rejected = self.candidates.pictures([row["rejected"] for row in rows])
         known = [row["reference"] for row in rows if row.get("reference") is not None]
         kind = next(iter(self.parameters.tensors.values())).dtype
         reference = torch.tensor(known, device=self.model.device, dtype=kind) if known else None
-        return likelihood.dpo_losses(self.model, prompts, chosen, rejected, seeds, reference, settings)
+        losses = likelihood.dpo_losses(self.model, prompts, chosen, rejected, seeds, reference, settings)
+        return settings.image_weight * losses
 
     @cached_property
     def judges(self) -> bool:

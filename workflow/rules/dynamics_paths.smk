@@ -7,10 +7,13 @@ PIECES = [f"{number:04d}" for number in range(settings.dynamics.shards)]
 
 
 def examined_arms():
-    """Return the arms of dynamics.arms, or the first of each objective without replay and the first with replay."""
+    """Return the arms of dynamics.arms, or the first of each objective without replay and the first with replay.
+
+    An arm without a loss of images has no terms.
+    """
     kinds = {}
     for name, arm in settings.arms.items():
-        if arm.replay_by == "self" and not settings.arm_pairs(name).matched:
+        if arm.replay_by == "self" and not settings.arm_pairs(name).matched and settings.arm_train(name).image_weight:
             kinds.setdefault((arm.objective, bool(arm.replay_epochs)), name)
     return settings.dynamics.arms or list(kinds.values())
 
