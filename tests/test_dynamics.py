@@ -339,7 +339,8 @@ def examined(chosen, small_inputs, tmp_path_factory):
     trained(training, folder.parent)
     done("dynamics.follow", *training, "--probes", folder / "probes.parquet", "--checkpoint", TINY,
          "--trained", folder.parent / "checkpoint", "--out", folder / "path/sft.parquet")  # fmt: skip
-    done("dynamics.claims", *config, "--dynamics", folder, *judged(chosen, small_inputs), "--out", folder / "claims.parquet")
+    done("dynamics.claims", *config, "--dynamics", folder, "--followed", "sft", *judged(chosen, small_inputs),
+         "--out", folder / "claims.parquet")  # fmt: skip
     return folder
 
 
@@ -410,6 +411,26 @@ def test_the_page_has_all_claims_and_keeps_what_stands_around_them(examined, tmp
     assert out.read_text().startswith("# Mine\n\nMy own words.")
     assert out.read_text().count("### One step") == 1
     assert "two runs" in out.read_text()
+
+
+def test_what_more_pieces_and_other_arms_have_left_is_not_read(examined, chosen, small_inputs, tmp_path):
+    """A run had more pieces, checkpoints and followed arms before its configuration was changed."""
+    folder = tmp_path / "run/dynamics"
+    shutil.copytree(examined, folder)
+    for kind in ("base/terms", "base/values", "embeddings", "sketches"):
+        shutil.copy(folder / kind / "0000.parquet", folder / kind / "0002.parquet")
+    shutil.copytree(folder / "base", folder / "sft-epoch1")
+    shutil.copy(folder / "path/sft.parquet", folder / "path/gone.parquet")
+    shutil.copy(folder / "claims.parquet", tmp_path / "claims.parquet")
+    done("dynamics.claims", *chosen[1][:2], "--dynamics", folder, "--followed", "sft", *judged(chosen, small_inputs),
+         "--out", folder / "claims.parquet")  # fmt: skip
+    assert (folder / "claims.parquet").read_bytes() == (tmp_path / "claims.parquet").read_bytes()
+
+    done("dynamics.page", "--dynamics", folder, "--out", folder / "page.md")
+    done("dynamics.page", "--dynamics", examined, "--out", tmp_path / "page.md")
+    assert "gone" not in (folder / "page.md").read_text()
+    for name in ("path", "terms", "proxies"):
+        assert (folder / f"page-{name}.png").read_bytes() == (tmp_path / f"page-{name}.png").read_bytes()
 
 
 def test_without_exact_terms_there_are_similarities_and_densities(examined, chosen, small_inputs, tmp_path):

@@ -1,12 +1,13 @@
 """What the terms say: every measure with its interval.
 
-    python -m stages.dynamics.claims --config config.yaml --dynamics results/tiny-janus/dynamics \\
-        --scores-of-base sft sft/scores-of-base/validation/*.parquet --verdicts base/verdicts/shapes/validation/*.parquet \\
-        --metrics base/metrics/validation.parquet sft/metrics/validation.parquet --out claims.parquet
+    python -m stages.dynamics.claims --config config.yaml --dynamics results/tiny-janus/dynamics --followed sft \\
+        --scores base/scores/validation/*.parquet --scores-of-base sft sft/scores-of-base/validation/*.parquet \\
+        --verdicts base/verdicts/shapes/validation/*.parquet --metrics base/metrics/validation.parquet --out claims.parquet
 
-Reads what the other commands have written to the folder of the run's dynamics, and leaves out the claims for which something
-is missing. With --proxies, it takes only what a model of any size can afford, similarities and compressed gradients, even where
-there is more. No model is loaded. The claims:
+Reads what the other commands have written to the folder of the run's dynamics: for the checkpoints --nodes, for the arms
+--followed, and in as many pieces as dynamics.shards says. What is left there of other ones is not read. Claims for which
+something is missing are left out. With --proxies, it takes only what a model of any size can afford (similarities, compressed
+gradients), even where there is more. No model is loaded. The claims:
 
 step          predicted against measured after one step: `slope` of measured on predicted through zero (1 if the first order is
               right), `error` (length of the difference by that of the prediction) by size, and `order`: by which power of the
@@ -67,7 +68,7 @@ from stages.common import manifests
 from stages.common.config import load
 from stages.common.errors import run_stage
 from stages.common.seeds import hash_seed
-from stages.dynamics.items import similarity
+from stages.dynamics.items import pieces, similarity
 
 Row = dict[str, Any]
 ROUNDS = 1000
@@ -197,11 +198,10 @@ class Terms:
     values: dict[str, np.ndarray]
 
 
-def read_terms(folder: Path, probes: dict[str, Row], rows: dict[str, Row], subset: str = "all") -> dict[str, Terms]:
+def read_terms(files: Sequence[Path], probes: dict[str, Row], rows: dict[str, Row], subset: str = "all") -> dict[str, Terms]:
     """Return the terms of a checkpoint by objective: sft, dpo and kernel."""
     import pandas
 
-    files = sorted(folder.glob("*.parquet"))
     table = pandas.concat([manifests.read(path, "dynamics_terms").to_pandas() for path in files])
     table = table[table.subset == subset]
     found = {}
@@ -457,10 +457,10 @@ def kernel_claims(path: Path, probes: dict[str, Row]) -> list[Found]:
     return found
 
 
-def embeddings_of(folder: Path) -> dict[str, dict[str, Row]]:
+def embeddings_of(files: Sequence[Path]) -> dict[str, dict[str, Row]]:
     """Return the rows of the embeddings manifests by source and candidate, with vectors as float32 arrays."""
     found: dict[str, dict[str, Row]] = {}
-    for path in sorted(folder.glob("*.parquet")):
+    for path in files:
         table = manifests.read(path, "dynamics_embeddings")
         vectors = zip(table["prompt"], table["image"], strict=True)  # Python numbers would need eight times the memory
         for row, (prompt, image) in zip(table.drop_columns(["prompt", "image"]).to_pylist(), vectors, strict=True):
@@ -532,13 +532,15 @@ def proxy_claims(node: str, terms: dict[str, Terms], sources: dict[str, dict[str
     return found
 
 
-def compressed_terms(folder: Path, probes: dict[str, Row], rows: dict[str, Row]) -> tuple[dict[str, Terms], list[Found]]:
+def compressed_terms(
+    files: Sequence[Path], probes: dict[str, Row], rows: dict[str, Row]
+) -> tuple[dict[str, Terms], list[Found]]:
     """Return Delta G as compressed gradients estimate it, by objective, and how much of it is beyond the errors.
 
     Only probes that have a sketch are in it. The standard deviation of an estimate is at most about the product of the two
     gradients' lengths divided by the root of the number of buckets. A probe's product with itself is exact.
     """
-    found = manifests.read_rows(sorted(folder.glob("*.parquet")), "dynamics_sketches")
+    found = manifests.read_rows(files, "dynamics_sketches")
     sketches = {name: [row for row in found if row["kind"] == name] for name in ("probe", "sft", "dpo")}
     if not sketches["probe"]:
         return {}, []
@@ -590,26 +592,35 @@ def corrected(base: list[Row], after: list[Row], right: dict[str, Any]) -> dict[
 
 def exact_claims(
     folder: Path,
+    shards: int,
+    nodes: Sequence[str],
+    followed: Sequence[str],
     probes: dict[str, Row],
     rows: dict[str, Row],
     metrics: list[Row],
     sources: dict[str, dict[str, Row]],
     guesses: dict[str, Terms],
 ) -> tuple[list[Found], list[Path]]:
-    """Return the claims from exact terms, steps, followed trainings and logits, as far as there are any, and the files read."""
+    """Return the claims from exact terms, steps, followed trainings and logits, as far as there are any, and the files read.
+
+    shards: how many pieces share the terms. nodes: the checkpoints with terms. followed: the arms with a followed training.
+    """
     found: list[Found] = []
     files: list[Path] = []
-    for place in sorted(folder.glob("*/terms"), key=lambda path: (path.parent.name != "base", path.parent.name)):
-        node = place.parent.name
-        terms = read_terms(place, probes, rows)
-        shards = sorted(place.with_name("values").glob("*.parquet"))
-        values = {row["candidate_id"]: row for row in manifests.read_rows(shards, "dynamics_values")}
+    for node in sorted(nodes, key=lambda name: (name != "base", name)):
+        of_terms, of_values = (pieces(folder / node / kind, shards) for kind in ("terms", "values"))
+        if not of_terms:
+            continue
+        terms = read_terms(of_terms, probes, rows)
+        values = {row["candidate_id"]: row for row in manifests.read_rows(of_values, "dynamics_values")}
         found += sign_claims(node, terms) + category_claims(node, terms) + judge_claims(node, terms, values)
         found += row_claims(node, terms) + density_claims(node, terms)
-        files += [*sorted(place.glob("*.parquet")), *shards]
+        files += [*of_terms, *of_values]
         if node == "base":
             found += proxy_claims(node, terms, sources) + sketch_claims(guesses, terms)
-            for path in sorted((folder / "path").glob("*.parquet")):
+            for path in (folder / "path" / f"{arm}.parquet" for arm in sorted(followed)):
+                if not path.exists():
+                    continue
                 found += path_claims(path, probes, values, metrics)
                 files.append(path)
     steps, logits = folder / "steps.parquet", folder / "logits.parquet"
@@ -622,6 +633,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--dynamics", type=Path, required=True, help="the folder of the run's dynamics")
+    parser.add_argument("--nodes", nargs="*", default=["base"], help="the checkpoints whose terms are read")
+    parser.add_argument("--followed", nargs="*", default=[], metavar="ARM", help="the arms whose followed training is read")
     parser.add_argument("--scores", type=Path, nargs="+", required=True, help="the base model's scores of the benchmark")
     parser.add_argument("--scores-of-base", nargs="+", action="append", default=[], metavar="ARM FILE",
                         help="an arm's scores of the base model's images")  # fmt: skip
@@ -637,16 +650,18 @@ def main() -> None:
     chosen = [folder / "probes.parquet", folder / "rows.parquet"]
     probes = {row["candidate_id"]: row for row in manifests.read_rows(chosen[0], "dynamics_probes")}
     rows = {row["row_id"]: row for row in manifests.read_rows(chosen[1], "dynamics_rows")}
-    sources = embeddings_of(folder / "embeddings")
-    guesses, found = compressed_terms(folder / "sketches", probes, rows)
+    embeddings, sketches = (pieces(folder / kind, config.dynamics.shards) for kind in ("embeddings", "sketches"))
+    sources = embeddings_of(embeddings)
+    guesses, found = compressed_terms(sketches, probes, rows)
     found = density_claims(COMPRESSED, guesses) + found
-    files = sorted([*folder.glob("embeddings/*.parquet"), *folder.glob("sketches/*.parquet")])
+    files = [*embeddings, *sketches]
     if arguments.proxies:
         found += category_claims(COMPRESSED, guesses) + row_claims(COMPRESSED, guesses)
         found += proxy_claims(COMPRESSED, guesses, sources)
     else:
         metrics = manifests.read_rows(arguments.metrics, "metrics")
-        exact, more = exact_claims(folder, probes, rows, metrics, sources, guesses)
+        read = (folder, config.dynamics.shards, arguments.nodes, arguments.followed)
+        exact, more = exact_claims(*read, probes, rows, metrics, sources, guesses)
         found, files = exact + found, files + more
     right = {row["candidate_id"]: row["verdict"] for row in manifests.read_rows(arguments.verdicts, "verdicts")}
     base = manifests.read_rows(arguments.scores, "scores")
@@ -655,7 +670,10 @@ def main() -> None:
         groups = corrected(base, manifests.read_rows([Path(path) for path in paths], "scores"), right)
         found += correction_claims(arm, groups, pairs.get(arm, []), sources)
     table = [{"run": config.run, "seed": config.seed, **vars(item)} for item in found]
-    manifests.write(arguments.out, "dynamics_claims", table, stage="stages.dynamics.claims", parents=[*chosen, *files])
+    facts = {"files": [str(path.relative_to(folder)) for path in files]}  # from which the page draws its pictures
+    manifests.write(
+        arguments.out, "dynamics_claims", table, stage="stages.dynamics.claims", settings=facts, parents=[*chosen, *files]
+    )
     print(f"{len(table)} measures")
 
 

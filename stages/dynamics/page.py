@@ -15,6 +15,7 @@ the highest; with three or more it is Student's t over the runs, which are then 
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -322,9 +323,8 @@ def diagonal(axis: Any) -> None:
     axis.plot([low, high], [low, high], "k:", linewidth=1)
 
 
-def path_picture(folder: Path, rows: Sequence[Row]) -> Any:
+def path_picture(files: Sequence[Path], rows: Sequence[Row]) -> Any:
     """Return measured against summed changes at the end of training, and the gain of Gen. by category, for every arm."""
-    files = sorted((folder / "path").glob("*.parquet"))
     made, axes = figure(max(1, len(files)), len(QUANTITIES) + 1)
     for line, path in enumerate(files):
         table = manifests.read(path, "dynamics_path").to_pandas()
@@ -354,11 +354,10 @@ def path_picture(folder: Path, rows: Sequence[Row]) -> Any:
     return made
 
 
-def terms_picture(folder: Path, rows: Sequence[Row]) -> Any:
+def terms_picture(files: Sequence[Path], rows: Sequence[Row]) -> Any:
     """Return mean Delta G by category, the density of Delta G, and Delta G against Delta U and Delta J."""
     import pandas
 
-    files = sorted((folder / "base" / "terms").glob("*.parquet"))
     table = pandas.concat([manifests.read(path, "dynamics_terms").to_pandas() for path in files])
     table = table[table.subset == "all"]
     made, axes = figure(2, 2)
@@ -386,9 +385,8 @@ def terms_picture(folder: Path, rows: Sequence[Row]) -> Any:
     return made
 
 
-def proxies_picture(folder: Path, rows: Sequence[Row]) -> Any:
+def proxies_picture(files: Sequence[Path], rows: Sequence[Row]) -> Any:
     """Return the density of Delta G by compressed gradients, and similarities of images to their nearest training pair."""
-    files = sorted((folder / "sketches").glob("*.parquet"))
     sketches: dict[str, list[Any]] = {}
     for row in manifests.read_rows(files, "dynamics_sketches"):
         sketches.setdefault(row["kind"], []).append(row["sketch"])
@@ -432,9 +430,20 @@ def has(rows: Sequence[Row], claim: str, group: str = "") -> bool:
     return any(row["claim"] == claim and row["group"].startswith(group) for row in rows)
 
 
-def facts_of(folder: Path, rows: Sequence[Row]) -> list[str]:
+def sources(claims: Path) -> dict[str, list[Path]]:
+    """Return the files that a manifest of claims was made from, by the folder that they are in, such as base/terms."""
+    names = manifests.facts(claims).get("settings", {}).get("files")
+    if names is None:
+        raise UserError(f"{claims}: does not say which files it was made from; run stages.dynamics.claims again")
+    found: dict[str, list[Path]] = defaultdict(list)
+    for name in names:
+        found[str(Path(name).parent)].append(claims.parent / name)
+    return found
+
+
+def facts_of(files: dict[str, list[Path]]) -> list[str]:
     """Return what a run's terms, or else its compressed gradients, were computed from."""
-    found = next((path for name in ("base/terms", "sketches") for path in sorted((folder / name).glob("*.parquet"))), None)
+    found = next((path for name in ("base/terms", "sketches") for path in files[name]), None)
     if found is None:
         return []
     terms = manifests.facts(found)["settings"]
@@ -443,7 +452,7 @@ def facts_of(folder: Path, rows: Sequence[Row]) -> list[str]:
         lines.append(
             "- The family's likelihood is no exact one: all terms are those of its bound or estimate under fixed random draws."
         )
-    for path in sorted((folder / "path").glob("*.parquet")) if has(rows, "path") else []:
+    for path in files["path"]:
         apart = manifests.facts(path)["settings"]["distance"]
         if apart is not None:
             lines.append(f"- {path.stem}: the repeated training ends {apart:.2%} of its whole way off the trainer's weights")
@@ -464,13 +473,19 @@ def left_out(rows: Sequence[Row]) -> list[str]:
     return [f"Left out, because it was not computed: {'; '.join(missing)}.", ""] if missing else []
 
 
-def page(rows: Sequence[Row], folders: Sequence[Path], names: dict[str, str], facts: str | None) -> str:
-    """Return the generated part of the page."""
+def page(
+    rows: Sequence[Row],
+    folders: Sequence[Path],
+    files: Sequence[dict[str, list[Path]]],
+    names: dict[str, str],
+    facts: str | None,
+) -> str:
+    """Return the generated part of the page. files: those of each run, as `sources` returns them."""
     lines = [BEGIN, ""]
     if facts:
         lines += [f"**Where the numbers come from:** {facts}.", ""]
-    for folder in folders:
-        lines += [f"Run `{folder.parent.name}`:", "", *facts_of(folder, rows), ""]
+    for folder, of_run in zip(folders, files, strict=True):
+        lines += [f"Run `{folder.parent.name}`:", "", *facts_of(of_run), ""]
     lines += left_out(rows)
     captions = {
         "steps": "Error by size of the step, and predicted against measured change at size 1",
@@ -506,19 +521,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the page (Markdown)")
     arguments = parser.parse_args()
     folders, out = arguments.dynamics, arguments.out
-    claims = "proxies.parquet" if arguments.proxies else "claims.parquet"
-    runs = [manifests.read_rows(folder / claims, "dynamics_claims") for folder in folders]
-    rows = together(runs)
-    first = folders[0]
+    claims = [folder / ("proxies.parquet" if arguments.proxies else "claims.parquet") for folder in folders]
+    runs = [manifests.read_rows(path, "dynamics_claims") for path in claims]
+    rows, files = together(runs), [sources(path) for path in claims]
+    first = files[0]
     pictures: dict[str, tuple[bool, Callable[[], Any]]] = {
-        "steps": (has(runs[0], "step"), lambda: steps_picture(first)),
-        "path": (has(runs[0], "path"), lambda: path_picture(first, rows)),
-        "terms": (has(runs[0], "signs"), lambda: terms_picture(first, rows)),
-        "proxies": (has(runs[0], "density", "compressed"), lambda: proxies_picture(first, rows)),
+        "steps": (has(runs[0], "step"), lambda: steps_picture(folders[0])),
+        "path": (has(runs[0], "path"), lambda: path_picture(first["path"], rows)),
+        "terms": (has(runs[0], "signs"), lambda: terms_picture(first["base/terms"], rows)),
+        "proxies": (has(runs[0], "density", "compressed"), lambda: proxies_picture(first["sketches"], rows)),
     }
     drawn = {key: draw() for key, (known, draw) in pictures.items() if known}
     names = {key: f"{out.stem}-{key}.png" for key in drawn}
-    text = inserted(out, page(rows, folders, names, arguments.facts))
+    text = inserted(out, page(rows, folders, files, names, arguments.facts))
     for key, made in drawn.items():
         save(made, out.with_name(names[key]))
     if arguments.csv:

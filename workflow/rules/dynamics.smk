@@ -307,6 +307,8 @@ if PROBED:
             code=code("stages.dynamics.claims"),
             config=CONFIG,
             folder=lambda wildcards: DYNAMICS,
+            nodes=term_nodes(),
+            followed=followed_arms(),
             seed=settings.seed,
             only="",
             of_base=lambda wildcards: [
@@ -319,6 +321,8 @@ if PROBED:
             "python -m stages.dynamics.claims"
             " --config {params.config:q}"
             " --dynamics {params.folder:q}"
+            " --nodes {params.nodes:q}"
+            " --followed {params.followed:q}"
             " {params.only}"
             " --scores {input.scores:q}"
             " {params.of_base}"
