@@ -67,7 +67,9 @@ onstart:
 
 onsuccess:
     show_summary()
+    interrupted.own_record(Path(".")).unlink(missing_ok=True)
 
 
 onerror:
     show_status()
+    interrupted.own_record(Path(".")).unlink(missing_ok=True)

@@ -29,7 +29,7 @@ from stages.common.files import whole_file
 from stages.common.fingerprints import code
 from stages.common.registry import entry
 from stages.common.seeds import candidate_seed
-from stages.families import checkpoint_hash, describe, preprocessing_hash, resolved
+from stages.families import checkpoint_hash, describe, model_facts
 
 PNG_THREADS = 4
 PLACED = ("offset", "nbytes")  # columns that are known once the image is in the tar file
@@ -168,9 +168,8 @@ def main() -> None:
     batches = planned(wanted, config.generate.batch_size)
 
     uses = [entry("FAMILIES", family_name)]
-    key = ("generate", code("stages.generate", mentioned=uses), drawing, preprocessing_hash(checkpoint),
-           resolved(config.model).dtype, count, config.generate.batch_size, arguments.shard,
-           manifests.content_hash(arguments.prompts))  # fmt: skip
+    key = ("generate", code("stages.generate", mentioned=uses), drawing, model_facts(config.model, checkpoint),
+           count, config.generate.batch_size, arguments.shard, manifests.content_hash(arguments.prompts))  # fmt: skip
     with kept_batches(
         arguments.out,
         key,

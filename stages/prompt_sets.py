@@ -1,4 +1,4 @@
-"""Check that no training prompt also stands in a benchmark and that every scorer has a category, and count each set's prompts.
+"""Check that no training prompt is in a benchmark and that no scorer lacks prompts of its category, and count the prompts.
 
     python -m stages.prompt_sets --config config.yaml --train prompts/train.parquet \\
         --benchmarks prompts/validation.parquet --out prompts/sets.parquet

@@ -27,7 +27,7 @@ from stages.common.errors import run_stage
 from stages.common.fingerprints import code
 from stages.common.registry import entry
 from stages.common.seeds import draw_seed
-from stages.families import checkpoint_hash, describe, preprocessing_hash, resolved
+from stages.families import checkpoint_hash, describe, model_facts
 
 Row = dict[str, Any]
 Image = tuple[str, int]  # a candidate_id and the seed of its random draws; the seed is 0 where the likelihood is exact
@@ -85,8 +85,8 @@ def main() -> None:
         texts = [prompts[identifier] for identifier in candidates.prompt_ids(names)]
         return batch, family.log_likelihood(texts, candidates.pictures(names), np.array(seeds, dtype=np.int64)).tolist()
 
-    key = ("reference", code("stages.reference", mentioned=uses), weights, preprocessing_hash(checkpoint),
-           resolved(config.model).dtype, config.seed, list(epochs), size, *map(manifests.content_hash, parents))  # fmt: skip
+    key = ("reference", code("stages.reference", mentioned=uses), weights, model_facts(config.model, checkpoint),
+           config.seed, list(epochs), size, *map(manifests.content_hash, parents))  # fmt: skip
     with kept_batches(arguments.out, key, batches, work=work, finish=lambda done: table_of(*done), label="reference") as files:
         found = {(row["candidate_id"], row["seed"]): row["value"] for file in files for row in pq.read_table(file).to_pylist()}
         for row in pairs:

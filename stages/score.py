@@ -20,7 +20,7 @@ from stages.common.errors import run_stage
 from stages.common.fingerprints import code
 from stages.common.registry import entry
 from stages.common.settings import Score
-from stages.families import checkpoint_hash, describe, preprocessing_hash, resolved
+from stages.families import checkpoint_hash, describe, model_facts
 
 Row = dict[str, Any]
 
@@ -73,8 +73,8 @@ def main() -> None:
     settings = config.score.model_dump(exclude={"batch_size"})
     parents = [arguments.prompts, arguments.candidates]
     uses = [entry("FAMILIES", name)]
-    key = ("score", code("stages.score", mentioned=uses), weights, preprocessing_hash(checkpoint),
-           resolved(config.model).dtype, settings, config.score.batch_size, *map(manifests.content_hash, parents))  # fmt: skip
+    key = ("score", code("stages.score", mentioned=uses), weights, model_facts(config.model, checkpoint),
+           settings, config.score.batch_size, *map(manifests.content_hash, parents))  # fmt: skip
     with kept_batches(
         arguments.out,
         key,

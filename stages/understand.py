@@ -27,7 +27,7 @@ from stages.common.errors import run_stage
 from stages.common.fingerprints import code
 from stages.common.registry import entry
 from stages.common.settings import Score
-from stages.families import checkpoint_hash, describe, preprocessing_hash, resolved, workers
+from stages.families import checkpoint_hash, describe, model_facts, workers
 from stages.understanding import understanding_kind
 from stages.understanding.base import Answer, Question, UnderstandingKind
 
@@ -142,8 +142,7 @@ def main() -> None:
             "understand",
             code("stages.understand", mentioned=uses),
             facts,
-            preprocessing_hash(checkpoint),
-            resolved(config.model).dtype,
+            model_facts(config.model, checkpoint),
             config.score.batch_size,
         ),
         pieces,

@@ -17,12 +17,12 @@ from stages.common.errors import UserError
 from stages.common.settings import Score
 from stages.dynamics import gradients, likelihood
 from stages.dynamics.claims import Pairs, interval
-from stages.dynamics.command import model_facts, training_facts
+from stages.dynamics.command import training_facts
 from stages.dynamics.items import similarity
 from stages.dynamics.material import Material
 from stages.dynamics.precision import double
 from stages.dynamics.terms import Terms, blocks
-from stages.families import describe
+from stages.families import describe, model_facts
 from stages.families.base import Pictures
 from tests.helpers import (
     TINY,
@@ -532,7 +532,7 @@ def test_rules_and_kept_batches_depend_on_how_the_examined_arms_train(tmp_path):
 
     loaded, checkpoint = load(config), Path(TINY)
     other = loaded.model_copy(update={"model": loaded.model.model_copy(update={"dtype": "bfloat16"})})
-    assert model_facts(other, checkpoint) != model_facts(loaded, checkpoint)
+    assert model_facts(other.model, checkpoint) != model_facts(loaded.model, checkpoint)
     assert [of["beta"] for of in training_facts(loaded, [{"arm": "dpo"}])] == [0.1, 0.375]
 
 

@@ -7,7 +7,7 @@ import subprocess
 from stages.tools.interrupted import (
     Job,
     cancel_orphans,
-    has_died,
+    may_be_executed,
     read_jobs,
     release_stale_locks,
     write_jobs,
@@ -45,15 +45,15 @@ def dead_process() -> int:
 
 def test_the_lock_of_a_dead_owner_is_removed(tmp_path):
     lock = locked(tmp_path, process=dead_process())
-    assert has_died(tmp_path, "x")
-    assert not has_died(tmp_path, "another")
+    assert not may_be_executed(tmp_path, "x")
     release_stale_locks(tmp_path)
     assert not lock.exists()
 
 
 def test_the_lock_of_a_living_owner_stays(tmp_path):
     lock = locked(tmp_path)
-    assert not has_died(tmp_path, "x")
+    assert may_be_executed(tmp_path, "x")
+    assert not may_be_executed(tmp_path, "another")
     release_stale_locks(tmp_path)
     assert lock.exists()
 
@@ -69,13 +69,13 @@ def test_a_second_run_in_the_folder_leaves_the_lock_and_the_record_of_the_first(
     owned(tmp_path, run="second", process=dead_process())
     release_stale_locks(tmp_path)
     assert lock.exists()
-    assert not has_died(tmp_path, "first")
-    assert has_died(tmp_path, "second")
+    assert may_be_executed(tmp_path, "first")
+    assert not may_be_executed(tmp_path, "second")
 
 
 def test_a_run_that_starts_again_replaces_its_record_of_another_machine(tmp_path):
     owned(tmp_path, process=7, host="another")
-    assert not has_died(tmp_path, "x")
+    assert may_be_executed(tmp_path, "x")
     write_owner(tmp_path, "x")
     assert len(list((tmp_path / ".snakemake/selfgap-owners").iterdir())) == 1
 
@@ -88,6 +88,7 @@ def test_reading_the_workflow_leaves_a_lock_and_a_run_removes_it(tmp_path):
     assert lock.exists()
     completed(tmp_path, "--cores", 1, "results/small/prompts/train.parquet")
     assert not lock.exists()
+    assert not list((tmp_path / ".snakemake/selfgap-owners").iterdir()), "a run that has ended is no longer recorded"
 
 
 def test_only_jobs_of_this_folder_are_cancelled(tmp_path, monkeypatch):

@@ -675,11 +675,10 @@ class Config(Section):
         alike = (name for name in self._alike(arm) if self.arms[name].replay_by == "self")
         return next((name for name in alike if settings(name) == settings(arm)), None)
 
-    def shards(self, images: str) -> list[str]:
-        """Return the numbers of the pieces of a set of prompts, four digits each: of train, replay or a benchmark."""
+    def shards(self, images: str) -> int:
+        """Return into how many pieces a set of prompts is cut: train, replay or a benchmark."""
         benchmark = self.benchmarks.get(images)
-        count = benchmark.shards if benchmark and benchmark.shards else self.generate.shards
-        return [f"{number:04d}" for number in range(count)]
+        return benchmark.shards if benchmark and benchmark.shards else self.generate.shards
 
     def untrained(self) -> dict[str, str]:
         """Return the checkpoints that are evaluated as they are, by name: the base model and the baselines."""

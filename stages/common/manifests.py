@@ -407,6 +407,14 @@ def read_rows(
     return rows
 
 
+def pieces(folder: Path, count: int) -> list[Path]:
+    """Return the manifests 0000.parquet, 0001.parquet, ... of a folder that exist, of as many pieces as the configuration says.
+
+    Those with higher numbers are left from a time when there were more pieces, and hold the same rows again.
+    """
+    return [path for number in range(count) if (path := folder / f"{number:04d}.parquet").exists()]
+
+
 def prompts_of(path: Path, candidates: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return prompt rows by id. Raises UserError when a candidate's prompt is not among them."""
     prompts = {row["prompt_id"]: row for row in read_rows(path, "prompts")}

@@ -68,7 +68,7 @@ from stages.common import manifests
 from stages.common.config import load
 from stages.common.errors import run_stage
 from stages.common.seeds import hash_seed
-from stages.dynamics.items import pieces, similarity
+from stages.dynamics.items import similarity
 
 Row = dict[str, Any]
 ROUNDS = 1000
@@ -608,7 +608,7 @@ def exact_claims(
     found: list[Found] = []
     files: list[Path] = []
     for node in sorted(nodes, key=lambda name: (name != "base", name)):
-        of_terms, of_values = (pieces(folder / node / kind, shards) for kind in ("terms", "values"))
+        of_terms, of_values = (manifests.pieces(folder / node / kind, shards) for kind in ("terms", "values"))
         if not of_terms:
             continue
         terms = read_terms(of_terms, probes, rows)
@@ -650,7 +650,7 @@ def main() -> None:
     chosen = [folder / "probes.parquet", folder / "rows.parquet"]
     probes = {row["candidate_id"]: row for row in manifests.read_rows(chosen[0], "dynamics_probes")}
     rows = {row["row_id"]: row for row in manifests.read_rows(chosen[1], "dynamics_rows")}
-    embeddings, sketches = (pieces(folder / kind, config.dynamics.shards) for kind in ("embeddings", "sketches"))
+    embeddings, sketches = (manifests.pieces(folder / kind, config.dynamics.shards) for kind in ("embeddings", "sketches"))
     sources = embeddings_of(embeddings)
     guesses, found = compressed_terms(sketches, probes, rows)
     found = density_claims(COMPRESSED, guesses) + found

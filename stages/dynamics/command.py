@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 from stages.common import manifests
 from stages.common.batches import kept_batches
 from stages.common.config import Config
-from stages.families import preprocessing_hash, resolved
 
 Row = dict[str, Any]
 
@@ -33,12 +32,6 @@ def parser(description: str | None, checkpoint: str, out: str) -> argparse.Argum
 def read_probes(path: Path) -> list[Row]:
     """Return the probes that have alternatives, for which terms are computed; the others are only followed."""
     return [row for row in manifests.read_rows(path, "dynamics_probes") if row["alternatives"]]
-
-
-def model_facts(config: Config, checkpoint: Path) -> dict[str, Any]:
-    """Return what a model's numbers depend on besides its weights, for the key of kept batches."""
-    dtype = resolved(config.model).dtype  # "auto" is another one on another machine
-    return {"preprocessing": preprocessing_hash(checkpoint), "dtype": dtype, "seed": config.seed}
 
 
 def training_facts(config: Config, rows: Sequence[Row]) -> list[dict[str, Any]]:

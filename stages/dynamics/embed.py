@@ -32,9 +32,9 @@ from stages.common.errors import run_stage
 from stages.common.fingerprints import code
 from stages.common.registry import entry
 from stages.common.seeds import hash_seed
-from stages.dynamics.command import model_facts, write_batches
+from stages.dynamics.command import write_batches
 from stages.dynamics.items import shard_of
-from stages.families import checkpoint_hash, describe
+from stages.families import checkpoint_hash, describe, model_facts
 
 Row = dict[str, Any]
 SIDE = 16  # pixels
@@ -166,7 +166,7 @@ def main() -> None:
     facts = {"checkpoint": checkpoint_hash(family, arguments.checkpoint, "train"), "clip": config.dynamics.clip}
     parents = [*arguments.prompts, *arguments.candidates, *arguments.pairs]
     key = ("dynamics embeddings", code("stages.dynamics.embed", mentioned=uses), facts, arguments.shard,
-           model_facts(config, arguments.checkpoint), config.score.batch_size,
+           model_facts(config.model, arguments.checkpoint), config.seed, config.score.batch_size,
            *map(manifests.content_hash, parents))  # fmt: skip
     print(f"{len(mine)} images by {', '.join(known)}: for each at most {2 * DRAWS} forward passes, no gradients", flush=True)
     batches = planned(mine, config.score.batch_size)

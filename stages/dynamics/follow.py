@@ -31,8 +31,7 @@ from stages.common.errors import UserError, run_stage
 from stages.common.fingerprints import code
 from stages.common.registry import entry
 from stages.common.seeds import draw_seed
-from stages.dynamics.command import model_facts
-from stages.families import checkpoint_hash
+from stages.families import checkpoint_hash, model_facts
 
 Row = dict[str, Any]
 PLAIN = 32  # images whose log-likelihoods are computed together
@@ -208,8 +207,9 @@ def main() -> None:
     facts = {"checkpoint": checkpoint_hash(family, arguments.checkpoint, "train"), "train": settings.outcome(),
              "segments": config.dynamics.segments}  # fmt: skip
     parents = [arguments.probes, arguments.prompts, arguments.schedule, *arguments.candidates]
-    key = ("dynamics path", code("stages.dynamics.follow", mentioned=uses), facts, model_facts(config, arguments.checkpoint),
-           config.score.model_dump(), *map(manifests.content_hash, parents))  # fmt: skip
+    key = ("dynamics path", code("stages.dynamics.follow", mentioned=uses), facts,
+           model_facts(config.model, arguments.checkpoint), config.seed, config.score.model_dump(),
+           *map(manifests.content_hash, parents))  # fmt: skip
     training = Training(material, arm, batches, probes)
     columns = [field for field in manifests.schema("dynamics_path") if field.name != "arm"]
     with kept_batches(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TypeVar
 
 from stages.common.errors import UserError
@@ -17,14 +16,6 @@ def shard_of(rows: Sequence[Item], text: str) -> list[Item]:
     if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
         raise UserError(f"--shard {text}: give it as 0/2 and 1/2, the shard's number from 0 and how many there are")
     return list(rows[int(number) :: int(count)])
-
-
-def pieces(folder: Path, count: int) -> list[Path]:
-    """Return the files that the pieces of dynamics.shards have written to a folder, as far as there are any.
-
-    Files with higher numbers are left from a time when there were more pieces, and hold the same again.
-    """
-    return [path for number in range(count) if (path := folder / f"{number:04d}.parquet").exists()]
 
 
 def similarity(first: str, second: str) -> float:

@@ -24,9 +24,9 @@ from stages.common.errors import run_stage
 from stages.common.fingerprints import code
 from stages.common.registry import entry
 from stages.common.seeds import hash_seed
-from stages.dynamics.command import model_facts, parser, read_probes, training_facts, write_batches
+from stages.dynamics.command import parser, read_probes, training_facts, write_batches
 from stages.dynamics.items import shard_of
-from stages.families import checkpoint_hash
+from stages.families import checkpoint_hash, model_facts
 
 Row = dict[str, Any]
 BATCH = 16  # items that are kept together
@@ -114,7 +114,7 @@ def main() -> None:
              "trainable": config.train.trainable, "lora_rank": config.train.lora_rank}  # fmt: skip
     parents = [arguments.probes, arguments.rows, *arguments.candidates]
     key = ("dynamics sketches", code("stages.dynamics.sketch", mentioned=uses), facts, arguments.shard,
-           model_facts(config, arguments.checkpoint), training_facts(config, rows),
+           model_facts(config.model, arguments.checkpoint), config.seed, training_facts(config, rows),
            *map(manifests.content_hash, parents))  # fmt: skip
     write_batches(arguments.out, "dynamics_sketches", key, planned(mine, BATCH), work, "sketches",
                   stage="stages.dynamics.sketch", settings=facts, parents=parents, uses=uses)  # fmt: skip

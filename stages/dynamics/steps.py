@@ -20,8 +20,8 @@ from stages.common.config import load
 from stages.common.errors import run_stage
 from stages.common.fingerprints import code
 from stages.common.registry import entry
-from stages.dynamics.command import model_facts, parser, read_probes, training_facts, write_batches
-from stages.families import checkpoint_hash
+from stages.dynamics.command import parser, read_probes, training_facts, write_batches
+from stages.families import checkpoint_hash, model_facts
 
 Row = dict[str, Any]
 QUANTITIES = ("g", "u", "j")
@@ -114,8 +114,9 @@ def main() -> None:
              "probes": len(probes), "parameters": chosen.parameters, "train": arms}  # fmt: skip
     uses = [entry("FAMILIES", family)]
     parents = [arguments.probes, arguments.rows, *arguments.candidates]
-    key = ("dynamics steps", code("stages.dynamics.steps", mentioned=uses), facts, model_facts(config, arguments.checkpoint),
-           training_facts(config, rows), config.score.model_dump(), *map(manifests.content_hash, parents))  # fmt: skip
+    key = ("dynamics steps", code("stages.dynamics.steps", mentioned=uses), facts,
+           model_facts(config.model, arguments.checkpoint), config.seed, training_facts(config, rows),
+           config.score.model_dump(), *map(manifests.content_hash, parents))  # fmt: skip
     work = Steps(material, rows, probes).of_batch
     with double(material.model.view.model):
         write_batches(arguments.out, "dynamics_steps", key, batches, work, "steps", stage="stages.dynamics.steps",

@@ -24,9 +24,9 @@ from stages.common.config import load
 from stages.common.errors import run_stage
 from stages.common.fingerprints import code
 from stages.common.registry import entry
-from stages.dynamics.command import model_facts, parser, read_probes, training_facts, write_batches
+from stages.dynamics.command import parser, read_probes, training_facts, write_batches
 from stages.dynamics.items import shard_of
-from stages.families import checkpoint_hash
+from stages.families import checkpoint_hash, model_facts
 
 Row = dict[str, Any]
 BATCH = 10  # probes that are kept together
@@ -117,8 +117,9 @@ def main() -> None:
              "trainable": config.train.trainable, "parameters": config.dynamics.parameters}  # fmt: skip
     uses = [entry("FAMILIES", family)]
     parents = [arguments.probes, arguments.rows, *arguments.candidates]
-    key = ("dynamics terms", code("stages.dynamics.terms", mentioned=uses), facts, model_facts(config, arguments.checkpoint),
-           training_facts(config, rows), config.score.model_dump(), config.dynamics.memory,
+    key = ("dynamics terms", code("stages.dynamics.terms", mentioned=uses), facts,
+           model_facts(config.model, arguments.checkpoint), config.seed, training_facts(config, rows),
+           config.score.model_dump(), config.dynamics.memory,
            *map(manifests.content_hash, parents))  # fmt: skip
     held = blocks([*rows, *every], material.parameters.size, config.dynamics.memory)
     batches = [(block, part) for block in held for part in planned(probes, BATCH)]

@@ -41,6 +41,12 @@ def preprocessing_hash(checkpoint: Path) -> str:
     return files_hash(checkpoint, preprocessing_files(checkpoint))
 
 
+def model_facts(model: Model, checkpoint: Path) -> tuple[str, str]:
+    """Return what a model's results depend on besides its weights, for the keys of kept batches: tokenizer and image processor
+    as a hash, and the type of its numbers, since `auto` is another one on another machine."""
+    return preprocessing_hash(checkpoint), resolved(model).dtype
+
+
 def workers(model: Model) -> int:
     """Return how many processes share a stage's batches, one GPU each: `model.workers`, or the number of visible GPUs."""
     import torch

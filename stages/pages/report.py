@@ -18,7 +18,7 @@ from PIL import Image
 from stages.common import manifests
 from stages.pages import plots
 from stages.pages.render import package_version, page
-from stages.pages.run import BASE, Run, read_columns, what_joins
+from stages.pages.run import BASE, Run, places, read_columns
 from stages.tools import arms
 
 Row = dict[str, Any]
@@ -145,17 +145,8 @@ def tables(run: Run, rows: list[Row]) -> list[Grid]:
 def selection(run: Run) -> Grid | None:
     """Return what each selection took, and what each replay recovered."""
     lines = []
-    owners: dict[str, list[str]] = {}
-    for arm in run.config.arms:
-        owners.setdefault(arms.selection_owner(run.config, arm), []).append(arm)
-    places = [(run.folder / owner, ", ".join(names)) for owner, names in owners.items()]
-    tree = arms.nodes(run.config)
-    for replay in run.replays():
-        names = [arm for arm in run.config.arms if replay.name in tree[arm].replays]
-        places.append(
-            (run.folder / replay.name / "replay", f"{', '.join(names)}: {what_joins(replay)} after epoch {replay.node.epoch}")
-        )
-    for folder, label in places:
+    for place in places(run):
+        folder = place.folder
         if not (folder / "pairs.parquet").exists():
             continue
         pairs = read_columns([folder / "pairs.parquet"], "pairs", ("prompt_id",))["prompt_id"]
@@ -163,7 +154,7 @@ def selection(run: Run) -> Grid | None:
         reasons = read_columns(discarded, "discard", ("reason",))["reason"].to_pylist()
         waiting = reasons.count("no_accepted")
         numbers = [len(pairs), len(pairs.unique()), waiting, len(reasons) - waiting]
-        lines.append(([label], [Cell(f"{number:,}") for number in numbers]))
+        lines.append(([place.label], [Cell(f"{number:,}") for number in numbers]))
     heads = ["training rows", "prompts", "discard pool", "accepted, but no pair"]
     notes = ["Of a replay: the rows and prompts that it recovered, and those that still have no accepted candidate."]
     return Grid("What was selected", ["arms"], heads, lines, notes) if lines else None

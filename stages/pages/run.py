@@ -54,12 +54,8 @@ class Run:
         return self.folder / "prompts" / f"{name}.parquet"
 
     def shards(self, group: Group, kind: str) -> list[Path]:
-        """Return the manifests of a group that exist, in order. kind: candidates, scores, or verdicts/<judge>.
-
-        Pieces that an earlier configuration with more of them has left are not among them.
-        """
-        folder = self.folder / group.name / kind / group.images
-        return [path for shard in self.config.shards(group.images) if (path := folder / f"{shard}.parquet").exists()]
+        """Return the manifests of a group that exist, in order. kind: candidates, scores, or verdicts/<judge>."""
+        return manifests.pieces(self.folder / group.name / kind / group.images, self.config.shards(group.images))
 
     def models(self) -> list[str]:
         """Return the models that draw benchmarks: base, baselines, checkpoints in the order of training, and audited models."""
@@ -187,17 +183,39 @@ class ByPrompt:
         return self._table.slice(start, end - start).to_pylist() if end > start else []
 
 
-def what_joins(replay: arms.Replay) -> str:
-    """Return in words what joins the data: in a control where nothing is drawn, these are further rows of the first round."""
-    return "replay" if replay.draws else "further rows"
+@dataclass(frozen=True)
+class Place:
+    """Where the pairs of a selection are, what it is called, and its replay if it is one."""
+
+    folder: Path
+    label: str
+    replay: arms.Replay | None
+
+
+def places(run: Run) -> list[Place]:
+    """Return where all selections are, or will be: the first one of each arm, then those of the replays."""
+    config, tree = run.config, arms.nodes(run.config)
+    owners: dict[str, list[str]] = {}
+    for arm in config.arms:
+        owners.setdefault(arms.selection_owner(config, arm), []).append(arm)
+    found = [Place(run.folder / owner, ", ".join(names), None) for owner, names in owners.items()]
+    for replay in run.replays():
+        names = [arm for arm in config.arms if replay.name in tree[arm].replays]
+        what = "replay" if replay.draws else "further rows"  # in a control where nothing is drawn, of the first round
+        label = f"{', '.join(names)}: {what} after epoch {replay.node.epoch}"
+        found.append(Place(run.folder / replay.name / "replay", label, replay))
+    return found
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What one selection took and left out. arms: the arms that share it. epoch: of a replay, or None for the first."""
+    """What one selection took and left out.
+
+    label: with the names of the arms that share it. epoch: of a replay, or None for the first. pool: the prompts that a replay
+    drew again.
+    """
 
     label: str
-    arms: list[str]
     epoch: int | None
     pairs: ByPrompt
     discard: ByPrompt
@@ -207,25 +225,16 @@ class Selection:
 def selections(run: Run, prompts: pa.Table) -> list[Selection]:
     """Return the selections that exist so far: the first one of each arm, then those of the replays."""
     found: list[Selection] = []
-    config, tree = run.config, arms.nodes(run.config)
 
     def table(path: Path, kind: str, names: Sequence[str]) -> ByPrompt:
         return ByPrompt(read_columns([path] if path.exists() else [], kind, names), prompts)
 
-    def add(folder: Path, label: str, names: list[str], epoch: int | None, drawn_again: bool) -> None:
+    for place in places(run):
+        folder, replay = place.folder, place.replay
         if (folder / "pairs.parquet").exists():
             pairs = table(folder / "pairs.parquet", "pairs", ("prompt_id", "chosen", "rejected", "margin"))
             discard = table(folder / "discard.parquet", "discard", ("prompt_id", "best_p_yes", "reason"))
-            pool = table(folder / "pool.parquet", "prompts", ("prompt_id",)) if drawn_again else None
-            found.append(Selection(label, names, epoch, pairs, discard, pool))
-
-    owners: dict[str, list[str]] = {}
-    for arm in config.arms:
-        owners.setdefault(arms.selection_owner(config, arm), []).append(arm)
-    for owner, names in owners.items():
-        add(run.folder / owner, ", ".join(names), names, None, drawn_again=False)
-    for replay in run.replays():
-        names = [arm for arm in config.arms if replay.name in tree[arm].replays]
-        label = f"{', '.join(names)}: {what_joins(replay)} after epoch {replay.node.epoch}"
-        add(run.folder / replay.name / "replay", label, names, replay.node.epoch, drawn_again=replay.draws is not None)
+            pool = table(folder / "pool.parquet", "prompts", ("prompt_id",)) if replay and replay.draws else None
+            epoch = replay.node.epoch if replay else None
+            found.append(Selection(place.label, epoch, pairs, discard, pool))
     return found

@@ -12,10 +12,13 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stages.common.files import process_lives, whole_file
+
+RECORDS = Path(".snakemake/selfgap-owners")
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,11 @@ class Owner:
 
 def owners(folder: Path) -> dict[Path, Owner]:
     """Return the recorded processes of a working folder, by the file of the record."""
-    return {path: Owner(**json.loads(path.read_text())) for path in (folder / ".snakemake/selfgap-owners").glob("*.json")}
+    found = {}
+    for path in (folder / RECORDS).glob("*.json"):
+        with suppress(FileNotFoundError):  # its process has just ended
+            found[path] = Owner(**json.loads(path.read_text()))
+    return found
 
 
 def write_owner(folder: Path, run: str) -> None:
@@ -53,17 +60,20 @@ def write_owner(folder: Path, run: str) -> None:
     for path, owner in owners(folder).items():
         if owner.is_dead() or owner.run == run:
             path.unlink(missing_ok=True)
-    mine = Owner(socket.gethostname(), os.getpid(), run)
-    record = folder / ".snakemake/selfgap-owners" / f"{mine.host}-{mine.process}.json"
+    record = own_record(folder)
     record.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(record) as temporary:
-        temporary.write_text(json.dumps(asdict(mine)))
+        temporary.write_text(json.dumps(asdict(Owner(socket.gethostname(), os.getpid(), run))))
 
 
-def has_died(folder: Path, run: str) -> bool:
-    """Return whether a run was executed in the folder, and by no process that may still be alive."""
-    found = [owner.is_dead() for owner in owners(folder).values() if owner.run == run]
-    return bool(found) and all(found)
+def own_record(folder: Path) -> Path:
+    """Return the file in which this process records itself. It is removed when the process ends as it should."""
+    return folder / RECORDS / f"{socket.gethostname()}-{os.getpid()}.json"
+
+
+def may_be_executed(folder: Path, run: str) -> bool:
+    """Return whether a process that executes the run in the folder may be alive."""
+    return any(owner.run == run and not owner.is_dead() for owner in owners(folder).values())
 
 
 def release_stale_locks(folder: Path) -> None:

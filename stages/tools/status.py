@@ -16,14 +16,14 @@ from collections import Counter
 from pathlib import Path
 
 from stages.common.errors import UserError, run_stage
-from stages.tools.interrupted import has_died, read_jobs
+from stages.tools.interrupted import may_be_executed, read_jobs
 
 STATES = ("done", "running", "queued", "failed", "waiting")
 
 
 def begun(folder: Path, run: str) -> dict[Path, str]:
     """Return the outputs of a run's jobs that have started and not ended, each with its state, "running" or "queued"."""
-    if has_died(folder, run):
+    if not may_be_executed(folder, run):
         return {}  # a killed Snakemake left the markers
     found = {}
     for mark in (folder / ".snakemake" / "incomplete").glob("*"):

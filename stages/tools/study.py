@@ -237,12 +237,8 @@ def contrast(metric: str, one: metrics.Counts, other: metrics.Counts | None, gro
 
 
 def files(run: Path, config: Config, images: str, node: str, *kind: str) -> list[Path]:
-    """Return the manifests of all pieces of a set of images, of one kind. Those of no piece that exists are an empty list.
-
-    Pieces that an earlier configuration with more of them has left are not among them.
-    """
-    folder = run.joinpath(node, *kind, images)
-    return [path for shard in config.shards(images) if (path := folder / f"{shard}.parquet").exists()]
+    """Return the manifests of a set of images of one kind, as far as they exist."""
+    return manifests.pieces(run.joinpath(node, *kind, images), config.shards(images))
 
 
 def counted(run: Path, config: Config, benchmark: str, prompts: list[Row]) -> dict[str, dict[str, metrics.Counts]]:

@@ -34,7 +34,7 @@ rule generate:
         sampling=lambda wildcards: read_by(
             "stages.generate", settings_of(wildcards.node).sampling(), uses=uses_of(wildcards.node)
         ),
-        shards=lambda wildcards: len(settings.shards(wildcards.set)),
+        shards=lambda wildcards: settings.shards(wildcards.set),
         model=lambda wildcards: model_identity(settings_of(wildcards.node)),
         seed=settings.seed,
     message:

@@ -3,7 +3,7 @@
 DYNAMICS = f"{RUN}/dynamics"
 PROBED = settings.dynamics.benchmark or next(iter(JUDGED or BENCHMARKS), None)  # the benchmark of the probes
 PROBE_JUDGE = settings.benchmarks[PROBED].judge if PROBED else None
-PIECES = [f"{number:04d}" for number in range(settings.dynamics.shards)]
+PIECES = numbers(settings.dynamics.shards)
 
 
 def examined_arms():

@@ -105,15 +105,19 @@ def compared_with(node):
     return node if node in AUDITED else "base"
 
 
+def numbers(count):
+    """Return the numbers of so many pieces, as their files have them."""
+    return [f"{number:04d}" for number in range(count)]
+
+
 def shard_files(node, kind, images):
     """Return the manifests of all shards. kind: candidates, scores, scores-of-base, or verdicts/<judge>."""
-    return expand(f"{RUN}/{node}/{kind}/{images}/{{shard}}.parquet", shard=settings.shards(images))
+    return expand(f"{RUN}/{node}/{kind}/{images}/{{shard}}.parquet", shard=numbers(settings.shards(images)))
 
 
 def shard_range(node, kind, images):
     """Return the same files in one word, {0000..0199}, which bash expands: its command lines are limited to 128 KiB."""
-    shards = settings.shards(images)
-    return f"{RUN}/{node}/{kind}/{images}/{{{shards[0]}..{shards[-1]}}}.parquet"
+    return f"{RUN}/{node}/{kind}/{images}/{{0000..{settings.shards(images) - 1:04d}}}.parquet"
 
 
 def candidate_manifest(wildcards):

@@ -22,20 +22,20 @@ def gpus_of_judge(name):
 GPUS = gpus_of(settings.model)
 # On a machine of its own, one job with GPUs runs at a time, and uses what it sees. Snakemake would otherwise start as many of them
 # as it has cores, all on the first GPU. `--resources gpu=N` states another limit.
-ALONE = (
+ONE_GPU_JOB = (
     workflow.local_exec
     and workflow.is_main_process
     and any([GPUS, *map(gpus_of_judge, GPU_JUDGES)])
     and "gpu" not in workflow.global_resources
     and gpu_is_here()
 )
-if ALONE:
+if ONE_GPU_JOB:
     workflow.register_resource("gpu", 1)
 
 
 def gpus_asked(count):
     """Return how many GPUs a job asks the scheduler for."""
-    return min(count, 1) if ALONE else count
+    return min(count, 1) if ONE_GPU_JOB else count
 
 
 @cache
@@ -68,7 +68,7 @@ def minutes_for(work, count, gpus=lambda wildcards: 1):
 def shard_images(wildcards):
     """Return the number of images in a shard."""
     name = "train" if wildcards.set == "replay" else wildcards.set
-    return prompt_count(name) * images_per_prompt(wildcards) / len(settings.shards(name))
+    return prompt_count(name) * images_per_prompt(wildcards) / settings.shards(name)
 
 
 def understanding_questions(wildcards):
