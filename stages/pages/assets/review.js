@@ -118,6 +118,8 @@ const selfgap = (() => {
 
   at("who").addEventListener("submit", (event) => {
     event.preventDefault();
+    // The browser takes the focus from a hidden field only with its next frame. Until then a key would be typed into it.
+    event.target.elements.reviewer.blur();
     begin(event.target.elements.reviewer.value.trim());
   });
   for (const button of document.querySelectorAll("[data-verdict]")) {
