@@ -16,7 +16,7 @@ from stages.common.config import Train, load
 from stages.common.errors import UserError
 from stages.common.settings import Score
 from stages.dynamics import gradients, likelihood
-from stages.dynamics.claims import Pairs, interval
+from stages.dynamics.claims import Pairs, interval, step_claims
 from stages.dynamics.command import training_facts
 from stages.dynamics.items import similarity
 from stages.dynamics.material import Material
@@ -480,6 +480,27 @@ def test_intervals_over_pairs_of_two_probes_contain_the_truth_as_often_as_they_s
         found = interval("category", "kernel", "mean", pairs.mean(brought[:, None] + brought, others), count)
         covered += found.ci_low <= 0 <= found.ci_high
     assert 0.91 <= covered / trials <= 0.98
+
+
+def test_several_probes_of_a_prompt_do_not_narrow_an_interval(tmp_path):
+    """Four probes of each prompt that say the same are as good as one, and the interval is as wide."""
+    generator, widths = np.random.default_rng(0), []
+    predicted = generator.normal(size=40)
+    measured = predicted + generator.normal(size=40)
+    step = {"objective": "sft", "optimizer": "sgd", "size": 1.0, "length": 1.0, "quantity": "g"}
+    for copies in (1, 4):
+        table, probes = [], {}
+        for prompt, copy in np.ndindex(40, copies):
+            name = f"{prompt}-{copy}"
+            probes[name] = {"prompt_id": str(prompt)}
+            values = {"predicted": float(predicted[prompt]), "measured": float(measured[prompt])}
+            table.append({**step, **values, "candidate_id": name})
+        manifests.write(
+            tmp_path / "steps.parquet", "dynamics_steps", table, stage="stages.dynamics.steps", settings={}, parents=[]
+        )
+        found = next(claim for claim in step_claims(tmp_path / "steps.parquet", probes) if claim.measure == "slope")
+        widths.append(found.ci_high - found.ci_low)
+    assert widths[1] == pytest.approx(widths[0], rel=0.15)  # it was half as wide when probes were resampled
 
 
 def test_judging_is_counted_by_category(examined):

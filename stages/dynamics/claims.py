@@ -222,7 +222,11 @@ def matching(rows: Sequence[Row], **wanted: Any) -> np.ndarray:
 # --- claims ----------------------------------------------------------------------------------------------------------
 
 
-def step_claims(path: Path) -> list[Found]:
+def prompts_of(names: Sequence[str], probes: dict[str, Row]) -> list[str]:
+    return [probes[name]["prompt_id"] for name in names]
+
+
+def step_claims(path: Path, probes: dict[str, Row]) -> list[Found]:
     table = manifests.read(path, "dynamics_steps").to_pandas()
     found: list[Found] = []
     for (objective, optimizer, quantity), part in table.groupby(["objective", "optimizer", "quantity"]):
@@ -230,7 +234,8 @@ def step_claims(path: Path) -> list[Found]:
         for size, at in part.groupby("size"):
             p, m, named = at.predicted.to_numpy(), at.measured.to_numpy(), f"{group}, size {size:g}"
             errors[size] = float(np.linalg.norm(m - p))
-            found.append(resampled("step", named, "slope", lambda i, p=p, m=m: slope(p[i], m[i]), at.candidate_id))
+            clusters = prompts_of(at.candidate_id, probes)
+            found.append(resampled("step", named, "slope", lambda i, p=p, m=m: slope(p[i], m[i]), clusters))
             found.append(plain("step", named, "error", errors[size] / float(np.linalg.norm(p)), len(p)))
         sizes = sorted(errors)[:3]
         if len(sizes) > 1 and all(errors[size] > 0 for size in sizes):
@@ -240,7 +245,8 @@ def step_claims(path: Path) -> list[Found]:
         if {"sgd", "adamw"} <= set(part.optimizer):
             grid = part.pivot(index="candidate_id", columns="optimizer", values=["predicted", "measured"])
             p, m, group = grid["predicted"]["sgd"].to_numpy(), grid["measured"]["adamw"].to_numpy(), f"{objective}, {quantity}"
-            found.append(resampled("step", group, "adamw_by_sgd", lambda i, p=p, m=m: correlation(p[i], m[i]), grid.index))
+            clusters = prompts_of(grid.index, probes)
+            found.append(resampled("step", group, "adamw_by_sgd", lambda i, p=p, m=m: correlation(p[i], m[i]), clusters))
     return found
 
 
@@ -249,7 +255,7 @@ def path_claims(path: Path, probes: dict[str, Row], values: dict[str, Row], metr
     arm, last = path.stem, table.epoch.max()
     found: list[Found] = []
     for (epoch, quantity), part in table.groupby(["epoch", "quantity"]):
-        clusters = [probes[name]["prompt_id"] for name in part.candidate_id]
+        clusters = prompts_of(part.candidate_id, probes)
         for name in ("summed", "from_base"):
             p, m, group = part[name].to_numpy(), part.measured.to_numpy(), f"{arm}, {quantity}, epoch {epoch}, {name}"
             found.append(resampled("path", group, "slope", lambda i, p=p, m=m: slope(p[i], m[i]), clusters))
@@ -259,8 +265,8 @@ def path_claims(path: Path, probes: dict[str, Row], values: dict[str, Row], metr
     found += judging_claims(arm, end[end.quantity == "j"], probes, values)
     grid = end.pivot(index="candidate_id", columns="quantity", values="measured").dropna()
     if {"u", "j"} <= set(grid.columns):
-        u, j = grid["u"].to_numpy(), grid["j"].to_numpy()
-        found.append(resampled("judges", f"{arm}, training", "moved", lambda i: correlation(u[i], j[i]), grid.index))
+        u, j, clusters = grid["u"].to_numpy(), grid["j"].to_numpy(), prompts_of(grid.index, probes)
+        found.append(resampled("judges", f"{arm}, training", "moved", lambda i: correlation(u[i], j[i]), clusters))
     return found
 
 
@@ -446,14 +452,14 @@ def kernel_claims(path: Path, probes: dict[str, Row]) -> list[Found]:
     names = np.array([probes[name]["category"] for name in grid.index])
     others = ~np.eye(len(names), dtype=bool)
     same = (names[:, None] == names[None, :]) & others
-    node, ids = "base", list(grid.index)
+    node, clusters = "base", prompts_of(grid.index, probes)
     found = [
-        resampled("kernel", node, "trace", lambda i: float(traces[i].mean()), ids),
-        resampled("kernel", node, "effective_rank", lambda i: float((traces[i] ** 2 / norms[i] ** 2).mean()), ids),
+        resampled("kernel", node, "trace", lambda i: float(traces[i].mean()), clusters),
+        resampled("kernel", node, "effective_rank", lambda i: float((traces[i] ** 2 / norms[i] ** 2).mean()), clusters),
     ]
     for measure, mask in (("alignment own", same), ("alignment other", ~same & others)):
         statistic = lambda i, m=mask: float(align[np.ix_(i, i)][m[np.ix_(i, i)]].mean())  # noqa: E731
-        found.append(resampled("kernel", node, measure, statistic, ids))
+        found.append(resampled("kernel", node, measure, statistic, clusters))
     return found
 
 
@@ -507,7 +513,7 @@ def proxy_claims(node: str, terms: dict[str, Terms], sources: dict[str, dict[str
     order = [next(k for k, row in enumerate(of.rows) if row["candidate_id"] == probe["candidate_id"]) for probe in of.probes]
     kernel = of.values["delta_g"][:, order]
     cosine = kernel / np.sqrt(np.outer(kernel.diagonal(), kernel.diagonal()))
-    names = [probe["candidate_id"] for probe in of.probes]
+    names, clusters = ([probe[key] for probe in of.probes] for key in ("candidate_id", "prompt_id"))
     category = np.array([probe["category"] for probe in of.probes])
     measures = {"words, prompt": np.array([[similarity(a["prompt"], b["prompt"]) for b in of.probes] for a in of.probes])}
     for source, rows in sources.items():
@@ -528,7 +534,7 @@ def proxy_claims(node: str, terms: dict[str, Terms], sources: dict[str, dict[str
                     kept &= category[one] == category[two]
                 return rank_correlation(a[one[kept], two[kept]], cosine[one[kept], two[kept]])
 
-            found.append(resampled("proxies", f"{node}, {name}", where, statistic, names))
+            found.append(resampled("proxies", f"{node}, {name}", where, statistic, clusters))
     return found
 
 
@@ -624,7 +630,7 @@ def exact_claims(
                 found += path_claims(path, probes, values, metrics)
                 files.append(path)
     steps, logits = folder / "steps.parquet", folder / "logits.parquet"
-    found += step_claims(steps) if steps.exists() else []
+    found += step_claims(steps, probes) if steps.exists() else []
     found += kernel_claims(logits, probes) if logits.exists() else []
     return found, files + [path for path in (steps, logits) if path.exists()]
 
