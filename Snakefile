@@ -60,16 +60,13 @@ rule precision:
 
 
 onstart:
-    interrupted.write_owner(Path("."), settings.run)
     cancel_orphans()
     write_jobs(anew=write_run_config())
 
 
 onsuccess:
     show_summary()
-    interrupted.own_record(Path(".")).unlink(missing_ok=True)
 
 
 onerror:
     show_status()
-    interrupted.own_record(Path(".")).unlink(missing_ok=True)

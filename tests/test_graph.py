@@ -1,6 +1,7 @@
 """The workflow as a graph: at scale, with presets and bad input, and the status that is read from its files."""
 
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -49,6 +50,8 @@ def test_a_dry_run_of_5000_jobs_holds_less_than_a_gigabyte(large):
 
 def test_status_names_what_is_done_and_what_failed(tmp_path):
     (tmp_path / "prompts.jsonl").write_text("not JSON\n")
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "results").symlink_to("large disk")
     config = write_config(tmp_path)
     broken = {"source": "geneval", "files": [str(tmp_path / "prompts.jsonl")]}
     fields = yaml.safe_load(config.read_text())
@@ -126,18 +129,26 @@ def test_a_benchmark_has_as_many_pieces_as_it_says(tmp_path):
     assert jobs == {None: 2 * 2 + 4 * 2, 1: 2 * 2 + 4}  # training and replay, then four models on the benchmark
 
 
-def test_a_judge_asks_for_the_gpus_of_its_own_settings(tmp_path):
+def test_a_judge_asks_for_what_its_own_settings_and_weights_need(tmp_path):
     source = copy_of_the_project(tmp_path)
     rules = source / "workflow/rules/scores.smk"
     rules.write_text(re.sub(r"( +)message:\n +\".*\"\n", "", rules.read_text()))  # a dry run prints the resources then
+    large = shutil.copytree(TINY, tmp_path / "large")
+    with (large / "further.safetensors").open("wb") as file:
+        file.truncate(10**9)  # a sparse file
     family = {"kind": "family", "model": {"checkpoint": str(TINY)}}
-    places = {"four": {"workers": 4}, "one": {}, "none": {"device": "cpu", "workers": 2}}
+    places = {"four": {"workers": 4}, "one": {}, "none": {"device": "cpu", "workers": 2}, "large": {"checkpoint": str(large)}}
     judges = {name: family | {"model": family["model"] | place} for name, place in places.items()}
     write_config(tmp_path / "run", model={"workers": 2}, judges=judges, audit={"judges": list(judges)})
     files = [f"results/small/base/verdicts/{name}/validation/0000.parquet" for name in judges]
     output = completed(tmp_path / "run", "-n", *files, source=source)
-    asked = re.findall(r"rule judge_on_gpu:\n(?: .*\n)* +output: \S+verdicts/(\w+)/(?:.*\n)*? +resources: .*\bgpu=(\d)", output)
-    assert dict(asked) == {"four": "4", "one": "1", "none": "0"}
+    asked = dict(re.findall(r"rule judge_on_gpu:\n(?: .*\n)* +output: \S+verdicts/(\w+)/(?:.*\n)*? +resources: (.*)", output))
+    gpus, memory = (
+        {name: int(re.search(rf"\b{key}=(\d+)", text)[1]) for name, text in asked.items()} for key in ("gpu", "mem_mb")
+    )
+    assert gpus == {"four": 4, "one": 1, "none": 0, "large": 1}
+    assert memory["four"] > 3.9 * memory["one"], "each process loads the weights"
+    assert memory["large"] > memory["one"] + 1900
 
 
 def test_a_scorer_that_an_audit_compares_with_other_judges_judges_all_images(tmp_path):
@@ -150,6 +161,19 @@ def test_a_scorer_that_an_audit_compares_with_other_judges_judges_all_images(tmp
     commands = dict(re.findall(r"stages\.judge .*--judge (\w+)(.*)", output))
     assert "--categories" not in commands["people"]
     assert "--categories shape" in commands["color"]
+
+
+def test_a_category_may_have_a_name_that_a_shell_would_read_otherwise(tmp_path):
+    prompts, table = tmp_path / "left (of) right.txt", tmp_path / "table.csv"
+    prompts.write_text("a red dog\n")
+    table.write_text("candidate_id,verdict\n")
+    config = write_config(tmp_path, judges={name: {"kind": "table", "files": [str(table)]} for name in ("people", "scorer")})
+    fields = yaml.safe_load(config.read_text())
+    source = {"source": "text", "files": [str(prompts)]}
+    fields["benchmarks"] = {"val": {"prompts": source, "judge": "people", "scorers": {prompts.stem: "scorer"}}}
+    config.write_text(yaml.safe_dump(fields))
+    output = completed(tmp_path, "-n", "--printshellcmds", "results/small/base/verdicts/scorer/val/0000.parquet")
+    assert "--categories 'left (of) right' --out" in output
 
 
 def test_overlapping_prompts_are_refused_before_anything_is_drawn(tmp_path):

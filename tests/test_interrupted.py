@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 
+import pytest
+
 from stages.tools.interrupted import (
     Job,
     cancel_orphans,
@@ -73,11 +75,20 @@ def test_a_second_run_in_the_folder_leaves_the_lock_and_the_record_of_the_first(
     assert not may_be_executed(tmp_path, "second")
 
 
-def test_a_run_that_starts_again_replaces_its_record_of_another_machine(tmp_path):
-    owned(tmp_path, process=7, host="another")
+def test_a_second_process_of_a_run_leaves_the_record_of_the_first(tmp_path):
+    """Snakemake locks only what it is going to write, so `snakemake precision` starts beside a training of the same run."""
+    owned(tmp_path, process=os.getppid())
+    write_owner(tmp_path, "x").unlink()
     assert may_be_executed(tmp_path, "x")
-    write_owner(tmp_path, "x")
-    assert len(list((tmp_path / ".snakemake/selfgap-owners").iterdir())) == 1
+
+
+def test_unlocking_forgets_processes_of_other_machines_and_leaves_living_ones(tmp_path):
+    owned(tmp_path, run="living", process=os.getppid())
+    owned(tmp_path, run="elsewhere", process=7, host="another")
+    write_config(tmp_path)
+    completed(tmp_path, "--unlock")
+    assert not may_be_executed(tmp_path, "elsewhere")
+    assert may_be_executed(tmp_path, "living")
 
 
 def test_reading_the_workflow_leaves_a_lock_and_a_run_removes_it(tmp_path):
@@ -106,11 +117,12 @@ def test_only_jobs_of_this_folder_are_cancelled(tmp_path, monkeypatch):
     assert (tmp_path / "cancelled").read_text() == "11\n"
 
 
-def test_no_job_is_cancelled_while_another_run_may_be_executed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("first", ["first", "second"])
+def test_no_job_is_cancelled_while_another_run_or_process_may_be_alive(tmp_path, monkeypatch, first):
     (tmp_path / "squeue").write_text(f"#!/bin/sh\necho '11   {tmp_path.resolve()}/.snakemake/slurm_logs/a.log'\n")
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    owned(tmp_path, run="first", process=os.getppid())
+    owned(tmp_path, run=first, process=os.getppid())
     owned(tmp_path, run="second")
     assert cancel_orphans(tmp_path) == []
 

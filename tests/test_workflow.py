@@ -65,6 +65,19 @@ def test_on_a_machine_with_gpus_one_job_with_a_model_runs_at_a_time(tmp_path):
     assert [event.split(":")[0] for event in events] == ["Drawing", "Finished jobid"] * 2
 
 
+@pytest.mark.parametrize(("options", "limited"), [(("--cores", "2"), True), (("--executor", "slurm", "--jobs", "2"), False)])
+def test_a_login_node_with_a_gpu_does_not_limit_the_cluster(tmp_path, options, limited):
+    shown = (
+        "import sys; from pathlib import Path; from stages.tools import gpus; gpus.DEVICES = (Path('/dev/null'),); "
+        "from snakemake.cli import main; from snakemake.workflow import Workflow; "
+        "Workflow.execute = lambda self, *_, **__: print('limited:', 'gpu' in self.global_resources) or True; "
+        "main(sys.argv[1:])"
+    )
+    command = (sys.executable, "-c", shown, *options, "--directory", tmp_path, "--configfile", write_config(tmp_path))
+    result = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert f"limited: {limited}\n" in result.stdout, result.stderr
+
+
 def test_arms_share_what_they_have_in_common(run):
     _, folder, _ = run
     results = folder / "results/small"

@@ -46,6 +46,9 @@ SECONDS = {"draw": 0.07, "judge": 0.02, "train": 0.02}
 # Operations a second that a GPU is taken to do where a family's drawing is bound by them: a quarter of an A100's peak in
 # float32, and a sixth in bfloat16.
 FLOPS = {"float32": 5e12, "bfloat16": 5e13}
+# Seconds of an external judge for an image, at least. Detectors, whose images are large, and BLIP-VQA, which asks about each
+# noun, do more work than the size of their weights says.
+JUDGE_SECONDS = 0.25
 MEASURED = {"generation": ("draw", "engine"), "scoring": ("judge", "engine"), "training": ("train", "trl")}
 SPEEDS = Path(__file__).resolve().parents[2] / "speed" / "results"
 IMAGE_BYTES = 250_000  # assumed where nothing is known: a PNG of 384 x 384 pixels, which are 442,368 bytes uncompressed
@@ -71,6 +74,11 @@ def limit(config: Config, work: str) -> tuple[float, str]:
     flops, rate = draws(Path(config.model.checkpoint), config.sampling()), FLOPS.get(config.model.dtype, FLOPS["bfloat16"])
     bound = flops / rate, f"estimate, {flops / 1e12:.3g} TFLOP an image at {rate / 1e12:g} TFLOP/s"
     return max(found, bound)
+
+
+def judge_limit(size: float) -> float:
+    """Return the seconds of one GPU in which an external judge with that many gigabytes of weights judges an image, at most."""
+    return max(SECONDS["judge"] * size, JUDGE_SECONDS)
 
 
 def chosen_prompts(config: Config, name: str) -> PromptSource:
@@ -286,7 +294,11 @@ def hours(config: Config, works: Iterable[Work], speed: dict[str, Speed]) -> dic
     """Return GPU hours by stage with the speed behind them. Judges of other weights are taken to be as fast as the model."""
 
     def on_gpu(work: Work) -> bool:
-        return work.judge is None or judge_kind(config.judge(work.judge).kind).runs_on is not None
+        if work.judge is None:
+            return True
+        chosen = config.judge(work.judge)
+        runs_on = judge_kind(chosen.kind).runs_on
+        return runs_on is not None and runs_on(chosen).device != "cpu"
 
     found = {}
     for stage, (kind, pace) in STAGES.items():

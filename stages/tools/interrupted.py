@@ -52,23 +52,21 @@ def owners(folder: Path) -> dict[Path, Owner]:
     return found
 
 
-def write_owner(folder: Path, run: str) -> None:
-    """Record that this process executes a run, and forget the dead ones.
-
-    Snakemake's lock on the run's outputs is held here, so an earlier process of the same run has ended, wherever it was.
-    """
-    for path, owner in owners(folder).items():
-        if owner.is_dead() or owner.run == run:
-            path.unlink(missing_ok=True)
-    record = own_record(folder)
+def write_owner(folder: Path, run: str) -> Path:
+    """Record that this process executes a run, and return the file of the record, which should go when the process ends."""
+    owner = Owner(socket.gethostname(), os.getpid(), run)
+    record = folder / RECORDS / f"{owner.host}-{owner.process}.json"
     record.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(record) as temporary:
-        temporary.write_text(json.dumps(asdict(Owner(socket.gethostname(), os.getpid(), run))))
+        temporary.write_text(json.dumps(asdict(owner)))
+    return record
 
 
-def own_record(folder: Path) -> Path:
-    """Return the file in which this process records itself. It is removed when the process ends as it should."""
-    return folder / RECORDS / f"{socket.gethostname()}-{os.getpid()}.json"
+def forget_owners(folder: Path) -> None:
+    """Remove all records but those of living processes of this machine. `snakemake --unlock` says that no others live."""
+    for path, owner in owners(folder).items():
+        if owner.is_dead() or owner.host != socket.gethostname():
+            path.unlink(missing_ok=True)
 
 
 def may_be_executed(folder: Path, run: str) -> bool:
@@ -77,14 +75,14 @@ def may_be_executed(folder: Path, run: str) -> bool:
 
 
 def release_stale_locks(folder: Path) -> None:
-    """Remove the locks of dead processes that ran on this machine. Any other lock requires `snakemake --unlock`.
+    """Remove the locks and records of dead processes that ran on this machine. Other locks require `snakemake --unlock`.
 
     A lock does not tell whose it is, so none is removed as long as any process may be alive.
     """
-    found = owners(folder).values()
-    if found and all(owner.is_dead() for owner in found):
-        for lock in (folder / ".snakemake" / "locks").glob("*.lock"):
-            lock.unlink(missing_ok=True)
+    found = owners(folder)
+    if found and all(owner.is_dead() for owner in found.values()):
+        for file in (*(folder / ".snakemake" / "locks").glob("*.lock"), *found):
+            file.unlink(missing_ok=True)
 
 
 def cancel_orphans(folder: Path) -> list[str]:
@@ -93,7 +91,7 @@ def cancel_orphans(folder: Path) -> list[str]:
     Their successors continue from the batches that these jobs have kept. The jobs are recognised by their log files in the
     folder's .snakemake, where all runs of this folder have theirs. So nothing is cancelled while another run may be executed.
     """
-    if not shutil.which("squeue") or len(owners(folder)) > 1:
+    if not shutil.which("squeue") or sum(not owner.is_dead() for owner in owners(folder).values()) > 1:
         return []
     query = ["squeue", "--me", "--noheader", "--Format=JobArrayID:32,STDOUT:4096"]
     queue = subprocess.run(query, capture_output=True, text=True).stdout

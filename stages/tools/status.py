@@ -57,15 +57,16 @@ def report(run: Path) -> str:
             remarks.append(f"failed: {name}, {kept} batches kept, {log}: {last_line(log)}")
         elif state == "running":
             remarks.append(f"running: {name}, {kept} batches kept")
-    lines = [f"{'':<14}" + "".join(f"{state:>9}" for state in STATES)]
-    lines += [f"{rule:<14}" + "".join(f"{count[state] or '':>9}" for state in STATES) for rule, count in table.items()]
+    width = max(map(len, table), default=0)
+    lines = [" " * width + "".join(f"{state:>9}" for state in STATES)]
+    lines += [f"{rule:<{width}}" + "".join(f"{count[state] or '':>9}" for state in STATES) for rule, count in table.items()]
     return "\n".join([*lines, *remarks])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's folder, results/<run>")
-    run = parser.parse_args().run.resolve()
+    run = parser.parse_args().run.absolute()  # results/ may be a link to a larger disk
     if not read_jobs(run):
         raise UserError(f"{run}: contains no jobs.jsonl; give the folder of a run that has been started, results/<run>")
     print(report(run))

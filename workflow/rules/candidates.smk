@@ -21,8 +21,8 @@ rule generate:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        gpu=gpus_asked(GPUS),
-        mem_mb=megabytes(2),
+        gpu=gpus_asked(gpus_of_model),
+        mem_mb=megabytes_of_model,
         runtime=minutes_for("draw", shard_images),
     params:
         code=lambda wildcards: code("stages.generate", mentioned=uses_of(wildcards.node)),

@@ -62,7 +62,7 @@ if PROBED:
             "../../envs/models.yaml"
         threads: 1
         resources:
-            gpu=gpus_asked(min(GPUS, 1)),
+            gpu=gpus_asked(gpu_of_model),
             mem_mb=lambda wildcards, attempt: megabytes(8)(wildcards, attempt) + settings.dynamics.memory,
             runtime=dynamics_minutes("terms"),
         params:
@@ -104,7 +104,7 @@ if PROBED:
             "../../envs/models.yaml"
         threads: 1
         resources:
-            gpu=gpus_asked(min(GPUS, 1)),
+            gpu=gpus_asked(gpu_of_model),
             mem_mb=megabytes(10),
             runtime=dynamics_minutes("steps"),
         params:
@@ -147,7 +147,7 @@ if PROBED:
             "../../envs/models.yaml"
         threads: 1
         resources:
-            gpu=gpus_asked(min(GPUS, 1)),
+            gpu=gpus_asked(gpu_of_model),
             mem_mb=megabytes(12),
             runtime=dynamics_minutes("follow"),
         params:
@@ -187,7 +187,7 @@ if PROBED:
             "../../envs/models.yaml"
         threads: 1
         resources:
-            gpu=gpus_asked(min(GPUS, 1)),
+            gpu=gpus_asked(gpu_of_model),
             mem_mb=megabytes(8 + 2 * settings.dynamics.logit_probes),
             runtime=dynamics_minutes("terms"),
         params:
@@ -223,7 +223,7 @@ if PROBED:
             "../../envs/models.yaml"
         threads: 1
         resources:
-            gpu=gpus_asked(min(GPUS, 1)),
+            gpu=gpus_asked(gpu_of_model),
             mem_mb=megabytes(2),
             runtime=dynamics_minutes("embed"),
         params:
@@ -262,7 +262,7 @@ if PROBED:
             "../../envs/models.yaml"
         threads: 1
         resources:
-            gpu=gpus_asked(min(GPUS, 1)),
+            gpu=gpus_asked(gpu_of_model),
             mem_mb=megabytes(10),
             runtime=dynamics_minutes("sketch"),
         params:

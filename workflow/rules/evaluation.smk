@@ -64,8 +64,8 @@ rule understand:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        gpu=gpus_asked(GPUS),
-        mem_mb=megabytes(2),
+        gpu=gpus_asked(gpus_of_model),
+        mem_mb=megabytes_of_model,
         runtime=minutes_for("judge", understanding_questions),
     params:
         code=lambda wildcards: code("stages.understand", mentioned=[*USES, *understanding_uses(wildcards.understanding)]),

@@ -17,6 +17,7 @@ results/<run>/<model>/config.yaml, candidates/, scores/, ...         a model tha
 results/<run>/audit/                                                 the audit of all these models
 """
 
+import shlex
 from hashlib import sha256
 
 # Models
@@ -137,11 +138,12 @@ def verdict_files(node, benchmark):
     ]
 
 
-def judged_categories(wildcards):
-    """Return the categories of a judge that is only a scorer for some categories; empty if it judges all images."""
+def category_options(wildcards):
+    """Return the option that names the categories of a judge that is only a scorer for some of them; empty if it judges all."""
     if wildcards.set not in BENCHMARKS:
         return []
-    return rescoring.seen(settings, wildcards.set, wildcards.judge) or []
+    names = rescoring.seen(settings, wildcards.set, wildcards.judge)
+    return [f"--categories {shlex.join(names)}"] if names else []
 
 
 def judge_settings(name):

@@ -23,9 +23,7 @@ rule rescore:
         code=lambda wildcards: code("stages.rescore", mentioned=judge_uses(wildcards.judge)),
         config=CONFIG,
         judge=lambda wildcards: judge_settings(wildcards.judge),
-        categories=lambda wildcards: (
-            [f"--categories {' '.join(judged_categories(wildcards))}"] if judged_categories(wildcards) else []
-        ),
+        categories=category_options,
     message:
         "Judge {wildcards.judge}, from stored answers: {wildcards.node}, {wildcards.set} images, shard {wildcards.shard}"
     shell:

@@ -5,8 +5,7 @@ The profile's set-resources can override them. What work takes how long is in st
 """
 
 from functools import cache
-
-from stages.tools.gpus import gpu_is_here
+from math import ceil
 
 
 def gpus_of(model):
@@ -14,28 +13,30 @@ def gpus_of(model):
     return 0 if model.device == "cpu" else model.workers or 1
 
 
-def gpus_of_judge(name):
-    chosen = settings.judge(name)
+def gpus_of_judge(wildcards):
+    chosen = settings.judge(wildcards.judge)
     return gpus_of(judge_kind(chosen.kind).runs_on(chosen))
 
 
 GPUS = gpus_of(settings.model)
-# On a machine of its own, one job with GPUs runs at a time, and uses what it sees. Snakemake would otherwise start as many of them
-# as it has cores, all on the first GPU. `--resources gpu=N` states another limit.
-ONE_GPU_JOB = (
-    workflow.local_exec
-    and workflow.is_main_process
-    and any([GPUS, *map(gpus_of_judge, GPU_JUDGES)])
-    and "gpu" not in workflow.global_resources
-    and gpu_is_here()
-)
-if ONE_GPU_JOB:
-    workflow.register_resource("gpu", 1)
+one_gpu_job = False  # whether this machine runs one job with GPUs at a time; decided when a run starts (session.smk)
 
 
 def gpus_asked(count):
-    """Return how many GPUs a job asks the scheduler for."""
-    return min(count, 1) if ONE_GPU_JOB else count
+    """Return how many GPUs a job asks the scheduler for: `count`, or one where this machine runs one such job at a time.
+
+    count: a function of the wildcards. The result is one too, because the executor is only known when the run starts.
+    """
+    return lambda wildcards: min(count(wildcards), 1) if one_gpu_job else count(wildcards)
+
+
+def gpus_of_model(wildcards):
+    return GPUS
+
+
+def gpu_of_model(wildcards):
+    """Return 1 if the model runs on a GPU, for jobs that use one, whatever model.workers says."""
+    return min(GPUS, 1)
 
 
 @cache
@@ -48,14 +49,46 @@ def gigabytes(node):
     return cost.gigabytes(settings_of(node))
 
 
+def node_gigabytes(wildcards):
+    return gigabytes(wildcards.get("node", "base"))
+
+
 @cache
 def seconds(node, work):
     return cost.limit(settings_of(node), work)[0]
 
 
 def megabytes(copies):
-    """Return the memory of a node, in MB, for that many copies of the weights and for Python with its libraries."""
-    return lambda wildcards, attempt: attempt * int(4000 + 1000 * copies * gigabytes(wildcards.get("node", "base")))
+    """Return the memory of a job, in MB, for that many copies of the weights and for Python with its libraries."""
+    return lambda wildcards, attempt: attempt * int(4000 + 1000 * copies * node_gigabytes(wildcards))
+
+
+def megabytes_of(processes, size):
+    """Return the memory of a job in which each of some processes loads a model, in MB; one of them may hold it twice.
+
+    processes, size: functions of the wildcards: their number, and the size of the weights in gigabytes.
+    """
+
+    def found(wildcards, attempt):
+        count = max(1, processes(wildcards))
+        return attempt * int(4000 * count + 1000 * (count + 1) * size(wildcards))
+
+    return found
+
+
+def megabytes_of_model(wildcards, attempt):
+    """Return the memory of a job whose processes draw or judge with a node's model, in MB."""
+    return megabytes_of(gpus_of_model, node_gigabytes)(wildcards, attempt)
+
+
+def judge_gigabytes(wildcards):
+    """Return the size of the weights of an external judge."""
+    return sum(Path(path).stat().st_size for path in judge_files(wildcards) if path.endswith(".safetensors")) / 1e9
+
+
+def judge_minutes(wildcards, attempt):
+    """Return the minutes of a shard's images with an external judge on one GPU, plus 30 for start-up."""
+    return attempt * ceil(30 + cost.judge_limit(judge_gigabytes(wildcards)) * shard_images(wildcards) / 60)
 
 
 def minutes_for(work, count, gpus=lambda wildcards: 1):

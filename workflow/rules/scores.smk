@@ -21,8 +21,8 @@ rule score:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        gpu=gpus_asked(GPUS),
-        mem_mb=megabytes(2),
+        gpu=gpus_asked(gpus_of_model),
+        mem_mb=megabytes_of_model,
         runtime=minutes_for("judge", shard_images),
     params:
         code=lambda wildcards: code("stages.score", mentioned=uses_of(wildcards.node)),
@@ -66,9 +66,7 @@ rule judge:
         code=lambda wildcards: code("stages.judge", mentioned=judge_uses(wildcards.judge)),
         config=CONFIG,
         judge=lambda wildcards: judge_settings(wildcards.judge),
-        categories=lambda wildcards: (
-            [f"--categories {' '.join(judged_categories(wildcards))}"] if judged_categories(wildcards) else []
-        ),
+        categories=category_options,
     message:
         "External judge {wildcards.judge}: {wildcards.node}, {wildcards.set} images, shard {wildcards.shard}"
     shell:
@@ -89,6 +87,6 @@ use rule judge as judge_on_gpu with:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        gpu=lambda wildcards: gpus_asked(gpus_of_judge(wildcards.judge)),
-        mem_mb=megabytes(2),
-        runtime=minutes_for("judge", shard_images),
+        gpu=gpus_asked(gpus_of_judge),
+        mem_mb=megabytes_of(gpus_of_judge, judge_gigabytes),
+        runtime=judge_minutes,

@@ -2,23 +2,49 @@
 
 from stages.common.files import whole_file
 from stages.tools import interrupted
+from stages.tools.gpus import gpu_is_here
 from stages.tools.status import report as status_report
 
 
-def at_start(function):
-    """Call a function when Snakemake starts to execute the workflow, before it takes its lock.
+def around_execution():
+    """Let Snakemake remove stale locks and record itself before it takes its lock, and remove its record when it ends.
 
-    `onstart` would be too late to remove the lock of a killed Snakemake. Doing it while the workflow is parsed would be too
-    early, because --list-rules and dry runs parse it too.
+    `onstart` would be too late, since the lock is taken and environments are made before. Doing it while the workflow is parsed
+    would be too early, because --list-rules and dry runs parse it too, and because the executor is not known yet. Snakemake
+    also executes the workflow within each job; that is not a run of its own.
     """
-    execute = workflow.execute
+    execute, unlock = workflow.execute, workflow.unlock
 
-    def started(*arguments, **keywords):
-        if not keywords["executor_plugin"].common_settings.dryrun_exec:
-            function()
-        return execute(*arguments, **keywords)
+    def executed(*arguments, **keywords):
+        executor = keywords["executor_plugin"].common_settings
+        if executor.dryrun_exec or not workflow.is_main_process:
+            return execute(*arguments, **keywords)
+        limit_gpu_jobs(executor.local_exec)
+        interrupted.release_stale_locks(Path("."))
+        record = interrupted.write_owner(Path("."), settings.run)
+        try:
+            return execute(*arguments, **keywords)
+        finally:
+            record.unlink(missing_ok=True)
 
-    workflow.execute = started
+    def unlocked():
+        unlock()
+        interrupted.forget_owners(Path("."))
+
+    workflow.execute, workflow.unlock = executed, unlocked
+
+
+def limit_gpu_jobs(local):
+    """On a machine of its own, let one job with GPUs run at a time. It uses the GPUs that it sees.
+
+    Snakemake would otherwise start as many of them as it has cores, all on the first GPU. `--resources gpu=N` states another
+    limit. local: whether jobs run on this machine, and not on a cluster.
+    """
+    global one_gpu_job
+    works = [GPUS, *(gpus_of(judge_kind(chosen.kind).runs_on(chosen)) for chosen in map(settings.judge, GPU_JUDGES))]
+    one_gpu_job = local and any(works) and "gpu" not in workflow.global_resources and gpu_is_here()
+    if one_gpu_job:
+        workflow.register_resource("gpu", 1)
 
 
 def write_run_config():
@@ -70,7 +96,7 @@ def show_summary():
 
 def show_status():
     if Path(CONFIG).exists():
-        print(status_report(Path(RUN).resolve()))
+        print(status_report(Path(RUN).absolute()))
 
 
-at_start(lambda: interrupted.release_stale_locks(Path(".")))
+around_execution()

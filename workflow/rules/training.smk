@@ -28,7 +28,7 @@ rule reference:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        gpu=gpus_asked(min(GPUS, 1)),
+        gpu=gpus_asked(gpu_of_model),
         mem_mb=megabytes(2),
         runtime=minutes_for("judge", reference_images),
     params:
@@ -106,7 +106,7 @@ rule train:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        gpu=lambda wildcards: gpus_asked(training_processes(wildcards)) if GPUS else 0,
+        gpu=gpus_asked(lambda wildcards: training_processes(wildcards) if GPUS else 0),
         gres=gpus_of_each_node,
         nodes=training_nodes,
         tasks=training_nodes,
