@@ -30,7 +30,7 @@ from stages.common.errors import UserError, run_stage
 from stages.common.files import aside, claim, sync, whole_file
 from stages.common.fingerprints import code, read_settings
 from stages.common.registry import entry
-from stages.families import checkpoint_hash, describe, open_family, preprocessing_hash, resolved
+from stages.families import checkpoint_hash, describe, open_family, preprocessing_hash, require_gpus, resolved
 from stages.families.tools.asking import question_and_prefix
 from stages.training.anchor import Judgement, anchor_loss, read_judgements
 from stages.training.launch import STOPPED, launched, local_rank, rank
@@ -349,6 +349,8 @@ def main() -> None:
     if start:
         require_layout(start, inputs.settings)
     if inputs.settings.deepspeed:
+        if local_rank() is None:
+            require_gpus(inputs.config.model, inputs.settings.gpus, "train.gpus")
         launched(inputs.settings.gpus, inputs.settings.nodes)  # the rest runs in each of the processes
     train(arguments, inputs, start)
 

@@ -9,6 +9,8 @@ import pytest
 from stages.common import batches, processes
 from stages.common.errors import UserError
 from stages.common.processes import PROCESS
+from stages.common.settings import Model
+from stages.families import workers
 
 
 def test_processes_share_what_is_missing_and_not_what_is_done(tmp_path, monkeypatch):
@@ -73,8 +75,11 @@ def test_each_process_gets_a_gpu_of_those_that_are_visible(listed, given, gpus, 
     assert gpus == given
 
 
-def test_more_processes_than_visible_gpus_are_refused(gpus, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    with pytest.raises(UserError, match=r"workers: 3 .* CUDA_VISIBLE_DEVICES=4,7 shows 2; lower workers"), processes.helpers(3):
-        pass
-    assert not gpus
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    model = Model(workers=3, device="auto")
+    with pytest.raises(UserError, match=r"workers of .*: 3 processes need a GPU each, but torch sees 2"):
+        workers(model)
+    assert workers(model.model_copy(update={"device": "cpu"})) == 3
+    monkeypatch.setenv(processes.PROCESS, "1/3")  # sees one GPU, and is one of the three
+    assert workers(model) == 3

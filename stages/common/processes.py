@@ -32,15 +32,10 @@ def helping() -> tuple[int, int] | None:
 def helpers(count: int) -> Iterator[None]:
     """Run this process's command as `count` - 1 further processes, each on a GPU of its own, and wait for them at the end.
 
-    Raises UserError when one of them fails, and when fewer GPUs are visible: a process without one would use the CPU.
+    `stages.families.require_gpus` says whether there are as many. Raises UserError when one of the processes fails.
     """
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     visible = [name for name in (listed or "").split(",") if name not in ("", "-1")]
-    if visible and len(visible) < count:
-        raise UserError(
-            f"workers: {count} processes need a GPU each, but CUDA_VISIBLE_DEVICES={listed} shows {len(visible)}; lower "
-            "workers of the section model or of the judge, or give the job more GPUs"
-        )
     started = []
     for number in range(1, count):
         environment = os.environ | {PROCESS: f"{number}/{count}"}

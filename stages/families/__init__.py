@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.common.errors import UserError
+from stages.common.processes import helping
 from stages.common.registry import resolve
 
 if TYPE_CHECKING:
@@ -48,12 +49,32 @@ def model_facts(model: Model, checkpoint: Path) -> tuple[str, str]:
 
 
 def workers(model: Model) -> int:
-    """Return how many processes share a stage's batches, one GPU each: `model.workers`, or the number of visible GPUs."""
+    """Return how many processes share a stage's batches, one GPU each: `model.workers`, or the number of visible GPUs.
+
+    Raises UserError when there are fewer GPUs.
+    """
     import torch
 
     if model.workers is not None:
+        if helping() is None:  # a process that helps sees its own GPU alone
+            require_gpus(model, model.workers, "workers of the section model or of the judge")
         return model.workers
     return max(1, torch.cuda.device_count()) if model.device in ("auto", "cuda") else 1
+
+
+def require_gpus(model: Model, count: int, setting: str) -> None:
+    """Raise UserError where `count` processes of this machine need a GPU each and there are fewer.
+
+    A process without one would use the CPU, or fail with an error of torch's that names no setting.
+    """
+    import torch
+
+    seen = torch.cuda.device_count()
+    if model.device in ("auto", "cuda") and 0 < seen < count:
+        raise UserError(
+            f"{setting}: {count} processes need a GPU each, but torch sees {seen} on {socket.gethostname()}; lower it, or give "
+            "the job more GPUs"
+        )
 
 
 def resolved(model: Model, setting: str = "model.device") -> Model:
