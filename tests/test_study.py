@@ -227,6 +227,9 @@ def test_a_precision_is_not_known_before_the_judge_has_seen_all_rows(runs, tmp_p
     }
     assert values["c-sft", "trained_precision"] == "", "without the replayed rows, it would be that of sft"
     assert values["c-sft", "chosen_precision"] == values["sft", "chosen_precision"] == values["sft", "trained_precision"] != ""
+    together = study_of(monkeypatch, tmp_path, [again, *runs[1:]])
+    pooled = row_of(together["out"], benchmark="train", arm="c-sft", metric="trained_precision")
+    assert (pooled["value"], pooled["n"]) == ("", "0"), "it is not known of one of the runs"
 
 
 def test_pieces_that_an_earlier_configuration_has_left_are_not_counted(runs, tmp_path, monkeypatch):

@@ -187,9 +187,10 @@ def numbers(jobs: list[Row], key: str) -> list[float]:
 def cost(run: Run) -> Grid | None:
     """Return the time and memory of the jobs that Snakemake has measured, by stage."""
     totals: dict[str, list[Row]] = {}
-    for path in sorted((run.folder / "benchmarks").glob("*/*.jsonl")):
+    folder = run.folder / "benchmarks"
+    for path in sorted(folder.rglob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
-            totals.setdefault(path.parent.name, []).append(json.loads(line))
+            totals.setdefault(path.relative_to(folder).parts[0], []).append(json.loads(line))
     lines = []
     for stage, jobs in totals.items():
         seconds, busy, memory = (numbers(jobs, key) for key in ("s", "cpu_time", "max_rss"))

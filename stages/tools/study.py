@@ -366,30 +366,32 @@ def true_share(run: Path, config: Config, judge: str, images: str, node: str, ch
     return known.count(True), known.count(True) + known.count(False)
 
 
-def added(shares: Iterable[Share | None]) -> Share:
-    """Return the sum of shares, which is not known if one of them is not."""
+def added(shares: Iterable[Share | None]) -> Share | None:
+    """Return the sum of shares, which is not known (None) if one of them is not."""
     right = count = 0
     for share in shares:
         if share is None:
-            return 0, 0
+            return None
         right, count = right + share[0], count + share[1]
     return right, count
 
 
-def data_shares(run: Path, config: Config, arm: str) -> dict[str, Share]:
+def data_shares(run: Path, config: Config, arm: str) -> dict[str, Share | None]:
     """Return shares about an arm's training data in one run.
 
     chosen_precision: of the rows of the first selection, those whose image is right. discarded_prompts: of all training
     prompts, those that wait for a replay. recovered_prompts: of these, those that replay recovers. joined_precision: of the
     rows that join at replays, those whose image is right. trained_precision: the same for all rows. The external judge of
-    the training candidates says what is right. Without one, or where it has not looked at all rows, there is no precision.
+    the training candidates says what is right. Without one there is no precision. It is None where the judge has not
+    looked at all rows.
     """
     owner, tree, replayed = selection_owner(config, arm), nodes(config), replays(config)
     judge = external_judge(config, "train")
     judged = (config.counterpart(arm) if config.arm_pairs(arm).matched else None) or arm
     waits = manifests.read_rows(run / selection_owner(config, judged) / "discard.parquet", "discard")
     prompts = manifests.read_rows(run / "prompts/train.parquet", "prompts")
-    shares = {"discarded_prompts": (len([row for row in waits if row["reason"] == "no_accepted"]), len(prompts))}
+    shares: dict[str, Share | None] = {}
+    shares["discarded_prompts"] = (len([row for row in waits if row["reason"] == "no_accepted"]), len(prompts))
     selected = [row["chosen"] for row in manifests.read_rows(run / owner / "pairs.parquet", "pairs")]
     recovered: list[Share] = []
     precise: list[Share | None] = []
@@ -413,8 +415,12 @@ def data_shares(run: Path, config: Config, arm: str) -> dict[str, Share]:
     return shares
 
 
-def percent(share: Share) -> float | None:
-    return 100 * share[0] / share[1] if share[1] else None
+def percent(share: Share | None) -> float | None:
+    return 100 * share[0] / share[1] if share and share[1] else None
+
+
+def count_of(share: Share | None) -> int:
+    return share[1] if share else 0
 
 
 def data_rows(runs: list[Run], config: Config) -> tuple[list[Row], list[Row], list[Row]]:
@@ -430,10 +436,10 @@ def data_rows(runs: list[Run], config: Config) -> tuple[list[Row], list[Row], li
     for arm, found in shares.items():
         for name in found[0]:
             pooled = added(part[name] for part in found)
-            together.append(size | {"arm": arm, "metric": name, "value": percent(pooled), "n": pooled[1]})
+            together.append(size | {"arm": arm, "metric": name, "value": percent(pooled), "n": count_of(pooled)})
             for run, part in zip(runs, found, strict=True):
                 row = common | {"model": run.model, "seed": run.seed, "arm": arm, "metric": name}
-                each.append(row | {"value": percent(part[name]), "n": part[name][1]})
+                each.append(row | {"value": percent(part[name]), "n": count_of(part[name])})
     for claim, arm, against, names in CLAIMS:
         for name in names:
             if arm not in shares or against not in shares or not all(name in shares[a][0] for a in (arm, against)):
@@ -445,7 +451,7 @@ def data_rows(runs: list[Run], config: Config) -> tuple[list[Row], list[Row], li
             over, places = units(runs)
             means = np.array([change[of_unit].mean() for of_unit in places])
             row = size | {"claim": claim, "arm": arm, "against": against, "metric": name}
-            row |= {"n": added(part[name] for part in shares[arm])[1], "difference": float(means.mean())}
+            row |= {"n": count_of(added(part[name] for part in shares[arm])), "difference": float(means.mean())}
             if len(means) >= FEWEST and means.std() > 0:
                 half = t_quantile(0.975, len(means) - 1) * float(means.std(ddof=1)) / len(means) ** 0.5
                 row |= {"ci_low": row["difference"] - half, "ci_high": row["difference"] + half, "interval": over}
