@@ -38,10 +38,10 @@ else:  # one alternative for each registered suite and for each kind of judge an
 
 
 class Benchmark(Section):
-    """A set of prompts on which every checkpoint is evaluated, and who judges the images."""
+    """A set of prompts on which base, baselines and arms are evaluated, and who judges the images."""
 
     prompts: Prompts = Field(description="Where the benchmark's prompts come from.")
-    images_per_prompt: Positive = Field(default=4, description="Images that each checkpoint draws for each prompt.")
+    images_per_prompt: Positive = Field(default=4, description="Images that each evaluated model draws for each prompt.")
     shards: Positive | None = Field(
         default=None,
         description="Pieces into which the benchmark's prompts are cut. Empty takes generate.shards. A benchmark is smaller "
@@ -83,7 +83,9 @@ class Generate(Section):
         default=64, description="Images that are drawn together. A batch that does not fit into memory is split."
     )
     shards: Positive = Field(
-        default=2, description="Pieces into which each set of prompts is cut. Each piece is a job of its own."
+        default=2,
+        description="Pieces into which each set of prompts is cut, unless its benchmark states another number. Each piece is a "
+        "job of its own.",
     )
 
 
@@ -332,7 +334,7 @@ class Dynamics(Section):
     rows: Positive = Field(
         default=120,
         description="Training rows of each objective: a quarter of rows that the external judge rejects, a quarter of replayed "
-        "ones, as far as there are any, and otherwise rows that it accepts.",
+        "ones, as far as there are any, and otherwise rows that it does not reject.",
     )
     logit_probes: Positive = Field(
         default=24, description="Probes for which trace and norm of the kernel between logits are estimated."
@@ -438,19 +440,27 @@ class Config(Section):
     """The configuration of one run."""
 
     run: Name = Field(default="tiny-janus", description="The run's name. Its results are in `results/<run>/`.")
-    seed: int = Field(default=0, ge=0, lt=2**32, description="The seed of everything random in the run, from 0 to 2^32 - 1.")
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**32,
+        description="The seed of everything random in the run, from 0 to 2^32 - 1. Benchmarks take the same prompts with every "
+        "seed.",
+    )
     model: Model = Field(default=Model(), description="The model that draws, judges and is trained.")
     prompts: Prompts = Field(default=open_suite("shapes").settings(source="shapes"), description="The training prompts.")
     benchmarks: dict[Name, Benchmark] = Field(
-        default={}, description="The benchmarks, by name. Every checkpoint of every arm is evaluated on each."
+        default={},
+        description="The benchmarks, by name. Base, the baselines and every arm are evaluated on each. With "
+        "`evaluate.every_checkpoint`, so are the checkpoints within a training.",
     )
     judges: dict[Name, Judging] = Field(
         default={}, description="External judges, by name. They only measure, except in controls (pairs.filter oracle)."
     )
     understanding: dict[Name, Understanding] = Field(
         default={},
-        description="Understanding benchmarks, by name: questions about images that no model drew. The base model and every "
-        "arm are asked all of them.",
+        description="Understanding benchmarks, by name: questions about images that no model drew. Base, the baselines "
+        "and every arm are asked all of them.",
     )
     generate: Generate = Field(default=Generate(), description="How candidates are drawn.")
     score: Score = Field(default=Score(), description="How the model judges its own images.")

@@ -61,7 +61,8 @@ class Score(Section):
         "parses it ('The score is 1.', 'Yes, ...').",
     )
     question: str | None = Field(
-        default=None, description="The question, with {prompt} in it. Empty: the family's own, which is the paper's question."
+        default=None,
+        description="The question, with {prompt} in it. Empty: the family's own, which for janus and show_o is the paper's.",
     )
     answer_prefix: str = Field(
         default="",

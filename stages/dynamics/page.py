@@ -235,22 +235,29 @@ def of_runs(rows: Sequence[Row]) -> Row:
             "runs": len(rows)}  # fmt: skip
 
 
-def number(value: float, table: Table) -> str:
-    """Return a number with the digits of its table, without an exponent unless it is very large or very small."""
+def decimals_of(value: float, table: Table) -> int | None:
+    """Return the decimal places with which a table shows a value and its interval; None where it needs an exponent."""
     if table.decimals is not None:
-        return f"{round(value, table.decimals) + 0.0:.{table.decimals}f}"  # adding zero turns -0.0 into 0.0
+        return table.decimals
     if abs(value) < 1e-12:  # what rounding leaves of zero
-        return "0"
+        return 0
     places = table.digits - 1 - int(np.floor(np.log10(abs(value))))
-    return f"{value:.{max(places, 0)}f}" if -4 < places < 7 else f"{value:.{table.digits}g}"
+    return max(places, 0) if -4 < places < 7 else None
 
 
 def written(row: Row | None, table: Table) -> str:
     """Return a value with its interval, such as 0.98 (0.95 to 1.01)."""
     if row is None:
         return ""
-    text = number(row["value"], table)
-    return text if row["ci_low"] is None else f"{text} ({number(row['ci_low'], table)} to {number(row['ci_high'], table)})"
+    places = decimals_of(row["value"], table)
+
+    def number(value: float) -> str:
+        if places is None:
+            return f"{value:.{table.digits}g}"
+        return f"{round(value, places) + 0.0:.{places}f}".replace("-", "\N{MINUS SIGN}")  # adding zero turns -0.0 into 0.0
+
+    text = number(row["value"])
+    return text if row["ci_low"] is None else f"{text} ({number(row['ci_low'])} to {number(row['ci_high'])})"
 
 
 def named(text: str) -> str:
@@ -455,7 +462,10 @@ def facts_of(files: dict[str, list[Path]]) -> list[str]:
     for path in files["path"]:
         apart = manifests.facts(path)["settings"]["distance"]
         if apart is not None:
-            lines.append(f"- {path.stem}: the repeated training ends {apart:.2%} of its whole way off the trainer's weights")
+            lines.append(
+                f"- {path.stem}: the weights of the repeated training differ from the trainer's by {apart:.2%} of the distance "
+                "that training moved them"
+            )
     return lines
 
 

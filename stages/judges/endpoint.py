@@ -117,7 +117,9 @@ def open_endpoint(settings: EndpointJudge) -> Judge:
     try:
         import openai
     except ModuleNotFoundError as error:
-        raise UserError(f"a judge of kind openai needs the package {error.name}: pip install 'selfgap[endpoint]'") from None
+        raise UserError(
+            f"a judge of kind openai needs the package {error.name}; run pip install --constraint constraints.txt '.[endpoint]'"
+        ) from None
 
     key = os.environ.get(settings.key_variable, "").strip()
     if not (key.isascii() and key.isprintable()) or " " in key:

@@ -1,6 +1,6 @@
 """Hold the forecast of an audit against what training then did, over finished runs whose benchmark has an external judge.
 
-    python -m stages.tools.forecast_check --runs results/study-* --out docs/forecast.csv --plot docs/forecast.png
+    python -m stages.tools.forecast_check --runs results/tiny-janus --out forecast.csv --plot forecast.png
 
 For each run, the forecast is made from the base model's images of the benchmarks, as `snakemake audit` makes it, once from the
 first image of each prompt and once from all of them. It is compared with

@@ -6,6 +6,7 @@ python -m stages.tools.schema
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import types
 import typing
@@ -37,10 +38,11 @@ needs what differs from a preset:
 
     snakemake --cores 8 --configfile configs/janus-pro-7b.yaml mine.yaml
 
-Lists are replaced as a whole, mappings are merged. A benchmark, a judge, an arm or a scorer of a preset is removed with null.
-Where a preset's prompts have a key that your `source` does not know, set the key to null. Without `--configfile`,
-[config.yaml](../config.yaml) is used. A key that is not known is an error that names the nearest known key. The
-merged configuration is written to `results/<run>/run_config.yaml`.
+Lists are replaced as a whole, mappings are merged. Null removes a preset's benchmark, judge, scorer, understanding benchmark,
+arm, baseline or audited model. Where a preset's prompts have keys that your `source` does not know, set these to null as well:
+for training prompts of your own, `folder`, `split` and `exclude`. Without `--configfile`, [config.yaml](../config.yaml) is
+used. A key that is not known is an error that names the nearest known key. The merged configuration is written to
+`results/<run>/run_config.yaml`.
 """
 
 
@@ -97,9 +99,9 @@ def page() -> str:
     for name, field in Config.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
-            parts += [f"\n## {name}\n", f"{(kind.__doc__ or '').strip()}\n", table(kind)]
+            parts += [f"\n## {name}\n", f"{inspect.getdoc(kind)}\n", table(kind)]
         if name == "audit":
-            parts.append(f"\n### audit.models.NAME\n\n{(AuditedModel.__doc__ or '').strip()}\n\n{table(AuditedModel)}")
+            parts.append(f"\n### audit.models.NAME\n\n{inspect.getdoc(AuditedModel)}\n\n{table(AuditedModel)}")
         if name == "prompts":
             parts += [
                 "\n## prompts\n",
@@ -108,7 +110,7 @@ def page() -> str:
             ]
             parts += [f"\n### source: {suite}\n\n{table(open_suite(suite).settings, ('source',))}" for suite in SUITES]
         if name == "benchmarks":
-            parts += [f"\n## benchmarks\n\n### benchmarks.NAME\n\n{(Benchmark.__doc__ or '').strip()}\n", table(Benchmark)]
+            parts += [f"\n## benchmarks\n\n### benchmarks.NAME\n\n{inspect.getdoc(Benchmark)}\n", table(Benchmark)]
         if name == "judges":
             parts += [
                 "\n## judges\n",
@@ -126,7 +128,7 @@ def page() -> str:
             ]
             parts += [f"\n### kind: {kind}\n\n{table(understanding_kind(kind).settings, ('kind',))}" for kind in UNDERSTANDING]
         if name == "arms":
-            parts += [f"\n## arms\n\n### arms.NAME\n\n{(Arm.__doc__ or '').strip()}\n", table(Arm)]
+            parts += [f"\n## arms\n\n### arms.NAME\n\n{inspect.getdoc(Arm)}\n", table(Arm)]
         if name == "generate":
             for family in FAMILIES:
                 parts.append(f"\n### generate.sampling of {family}\n\n{table(describe(family).sampling)}")

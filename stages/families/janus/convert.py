@@ -1,6 +1,6 @@
 """Convert a Janus-Pro checkpoint from upstream's layout (deepseek-ai/Janus-Pro-1B, -7B) to that of transformers.
 
-    python -m stages.families.janus.convert --upstream Janus-Pro-7B --out Janus-Pro-7B-hf --allow-pickle
+    python -m stages.families.janus.convert --upstream Janus-Pro-7B --out checkpoints/Janus-Pro-7B --allow-pickle
 
 Upstream ships pickles; they are read with `weights_only`, and only where --allow-pickle says that their source is trusted.
 The geometry comes from config.json and from what upstream's code fixes, never from the tensors, which must fit it. The result

@@ -1,6 +1,7 @@
 """Convert Show-o from upstream's files to a checkpoint of this project.
 
-    python -m stages.families.show_o.convert --upstream show-o-512x512 --vq magvitv2 --llm phi-1_5 --out checkpoints/Show-o
+    python -m stages.families.show_o.convert --upstream show-o-512x512 --vq magvitv2 --llm phi-1_5 \\
+        --out checkpoints/show-o-512x512
 
 --upstream is a folder of showlab/show-o, show-o-512x512, their variants with CLIP-ViT, or HermesFlow; --vq is showlab/magvitv2;
 --llm is microsoft/phi-1_5, whose configuration and tokenizer upstream takes; --clip, for the variants with CLIP-ViT, is
