@@ -4,13 +4,15 @@
         --schedule sft/schedule.parquet --candidates base/candidates/*/*.parquet --checkpoint models/tiny-janus \\
         --trained sft/checkpoint --out path/sft.parquet
 
-The rows of the schedule go through AdamW as the trainer does it (constant rate after warm-up, clipped gradients). At the start
-of each of dynamics.segments pieces of an epoch, the derivative of every probe along that piece is taken and added up: `summed`.
-`from_base` is the derivative at the base model along the whole way, as if the kernel never changed. `measured` is the change
-itself. All images have their log-likelihood followed, and those with alternatives also the posterior and the log odds of yes.
+The rows of the schedule go through AdamW as the trainer does it: constant rate after warm-up, clipped gradients, and weights in
+float32, also where train.precision has forward and backward in bfloat16. At the start of each of dynamics.segments pieces of an
+epoch, the derivative of every probe along that piece is taken and added up: `summed`. `from_base` is the derivative at the base
+model along the whole way, as if the kernel never changed. `measured` is the change itself. All three are computed in float32.
+All images have their log-likelihood followed, and those with alternatives also the posterior and the log odds of yes.
 
 The manifest's settings say how far the repeated weights are from those of the trainer, as a share of the way from the base
-model. Finished epochs are kept; after a kill, the weights up to there are trained again, without derivatives.
+model, both as they are saved. Finished epochs are kept; after a kill, the weights up to there are trained again, without
+derivatives.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from stages.common.errors import UserError, run_stage
 from stages.common.fingerprints import code
 from stages.common.registry import entry
 from stages.common.seeds import draw_seed
-from stages.families import checkpoint_hash, model_facts
+from stages.families import checkpoint_hash, model_facts, resolved
 
 Row = dict[str, Any]
 PLAIN = 32  # images whose log-likelihoods are computed together
@@ -62,8 +64,17 @@ def scheduled(config: Config, arm: str, schedule: list[Row], prompts: dict[str, 
     return {epoch: list(steps.values()) for epoch, steps in epochs.items()}
 
 
+def as_trained(config: Config, settings: Train) -> Config:
+    """Return the configuration whose model is loaded as the trainer loads it: in the precision of the training."""
+    precision = resolved(config.model).dtype if settings.precision == "auto" else settings.precision
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": precision})})
+
+
 class Training:
-    """The training of an arm, epoch by epoch, with first-order terms."""
+    """The training of an arm, epoch by epoch, with first-order terms.
+
+    The model of `material` was loaded in the precision of the training, and becomes float32 here.
+    """
 
     def __init__(self, material: Any, arm: str, batches: dict[int, list[list[Row]]], probes: Sequence[Row]) -> None:
         import torch
@@ -73,6 +84,10 @@ class Training:
 
         self.material, self.batches, self.probes = material, batches, probes
         self.settings = material.config.arm_train(arm)
+        # As the trainer does: in bfloat16 most steps would be lost, because they are smaller than a weight's last bit.
+        material.model.view.model.float()
+        narrow = material.config.model.dtype == "bfloat16"
+        self.precision = partial(torch.autocast, material.model.device.type, torch.bfloat16, enabled=narrow)
         tensors = list(material.parameters.tensors.values())
         self.optimizer = torch.optim.AdamW(tensors, lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay)
         self.rates = get_constant_schedule_with_warmup(self.optimizer, self.settings.warmup_steps)
@@ -100,7 +115,8 @@ class Training:
 
         parameters = self.material.parameters
         for batch in batches:
-            gradient = self.material.mean_gradient(batch, self.settings.micro_batch_size)
+            with self.precision():
+                gradient = self.material.mean_gradient(batch, self.settings.micro_batch_size)
             for name, piece in gradients.split(gradient, parameters).items():
                 parameters.tensors[name].grad = piece.clone()
             torch.nn.utils.clip_grad_norm_(list(parameters.tensors.values()), self.settings.max_grad_norm)
@@ -165,16 +181,20 @@ def cumulated(files: Sequence[Path], arm: str) -> list[Row]:
     return rows
 
 
-def distance(material: Any, config: Config, trained: Path, base: Any) -> float:
-    """Return how far the weights are from a trained checkpoint's, as a share of its distance from the base weights."""
+def distance(material: Any, trained: Path, base: Any) -> float:
+    """Return how far the weights are from a trained checkpoint's, as a share of its distance from the base weights.
+
+    Both are compared as they are saved, because a checkpoint does not hold what the precision of its training does not resolve.
+    """
+    import torch
+
     from stages.dynamics import gradients
     from stages.families import open_family
 
-    other = dict(open_family(config.model, trained, "train").training_view().model.named_parameters())
-    import torch
-
-    theirs = torch.cat([other[name].detach().reshape(-1) for name in material.parameters.tensors]).to(base)
-    return float((gradients.flat(material.parameters) - theirs).norm() / (theirs - base).norm())
+    other = dict(open_family(material.config.model, trained, "train").training_view().model.named_parameters())
+    saved = torch.cat([other[name].detach().reshape(-1) for name in material.parameters.tensors])
+    mine, theirs = gradients.flat(material.parameters).to(saved.dtype).to(base), saved.to(base)
+    return float((mine - theirs).norm() / (theirs - base).norm())
 
 
 def main() -> None:
@@ -201,6 +221,7 @@ def main() -> None:
     from stages.dynamics import gradients
     from stages.dynamics.material import open_material
 
+    config = as_trained(config, settings)
     material = open_material(config, arguments.checkpoint, probes, schedule, arguments.candidates, settings)
     batches = scheduled(config, arm, schedule, prompts)
     uses = [entry("FAMILIES", family)]
@@ -221,7 +242,7 @@ def main() -> None:
         label=f"following {arm}",
     ) as files:
         training.advance(max(batches))
-        apart = distance(material, config, arguments.trained, training.base) if arguments.trained else None
+        apart = distance(material, arguments.trained, training.base) if arguments.trained else None
         facts |= {"distance": apart}
         common: Any = {"stage": "stages.dynamics.follow", "settings": facts, "parents": parents, "uses": uses}
         manifests.write(arguments.out, "dynamics_path", cumulated(files, arm), **common)
