@@ -19,9 +19,11 @@ from stages.common.settings import Score
 from stages.dynamics import gradients, likelihood
 from stages.dynamics.claims import Pairs, interval, step_claims
 from stages.dynamics.command import training_facts
+from stages.dynamics.follow import Training
 from stages.dynamics.items import similarity
 from stages.dynamics.material import Material
 from stages.dynamics.precision import double
+from stages.dynamics.steps import adamw_step
 from stages.dynamics.terms import Terms, blocks
 from stages.families import describe, model_facts
 from stages.families.base import Pictures
@@ -191,6 +193,25 @@ def test_the_loss_of_a_row_is_the_one_that_its_arm_trains(small):
     ipo = ((chosen - rejected - 1.5) / 16 - 1 / (2 * 0.2)) ** 2
     found = material.losses([row | {"rejected": "3", "reference": 1.5}])[0].detach()
     assert near(found, 0.25 * (ipo - 0.5 * chosen / 16))
+
+
+@pytest.mark.parametrize("place", ["a step", "a followed training"])
+def test_weights_decay_where_the_trainer_lets_them_and_norms_do_not(place, small):
+    """Without a gradient AdamW only lets weights decay, here to nine tenths."""
+    model, parameters = small
+    settings = Train(learning_rate=0.2, weight_decay=0.5, warmup_steps=0)
+    config = SimpleNamespace(arm_train=lambda name: settings, model=SimpleNamespace(dtype="float32"))
+    none = torch.zeros(parameters.size, dtype=torch.float64)
+    material = SimpleNamespace(model=model, parameters=parameters, config=config, mean_gradient=lambda rows, size: none)
+    before = gradients.flat(parameters)
+    if place == "a step":
+        step = adamw_step(material, none, settings, 1.0)
+    else:
+        Training(material, "mine", {}, []).train([[]])
+        step = gradients.flat(parameters) - before
+        gradients.place(parameters, before)
+    for name, piece in gradients.split(step, parameters).items():
+        assert near(piece, torch.zeros_like(piece) if "norm" in name else -0.1 * parameters.tensors[name]), name
 
 
 def test_an_arm_that_trains_on_no_image_has_no_learning_dynamics(tmp_path):
@@ -374,12 +395,15 @@ def test_a_followed_training_is_the_trainers(examined):
     assert likelihoods.measured.mean() == pytest.approx(likelihoods.summed.mean(), rel=0.2)
 
 
+def changed(chosen, folder, **changes) -> Path:
+    """Write the configuration of `chosen` with changes to another folder, and return its path."""
+    return write_config(folder, **merged(yaml.safe_load((chosen[0] / "config.yaml").read_text()), changes))
+
+
 @pytest.mark.slow
-def test_a_followed_training_with_another_preference_loss_is_the_trainers(chosen, small_inputs, tmp_path):
-    text = (chosen[0] / "config.yaml").read_text()
-    text = text.replace("segments: 50", "segments: 1").replace("train:\n", "train:\n  dpo_loss: ipo\n  image_weight: 0.5\n", 1)
-    (tmp_path / "config.yaml").write_text(text)
-    config, images = ("--config", tmp_path / "config.yaml"), chosen[1][-2:]
+def test_a_followed_training_with_another_preference_loss_and_weight_decay_is_the_trainers(chosen, small_inputs, tmp_path):
+    train = {"dpo_loss": "ipo", "image_weight": 0.5, "weight_decay": 0.5}
+    config, images = ("--config", changed(chosen, tmp_path, train=train, dynamics={"segments": 1})), chosen[1][-2:]
     prompts = ("--prompts", small_inputs / "prompts.parquet")
     pairs, schedule = tmp_path / "reference.parquet", tmp_path / "schedule.parquet"
     done("reference", *config, *prompts, *images, "--pairs", chosen[0] / "dpo.parquet", "--out", pairs)
@@ -393,13 +417,11 @@ def test_a_followed_training_with_another_preference_loss_is_the_trainers(chosen
 
 def test_a_training_in_bfloat16_is_followed_in_float32_as_the_trainer_does(chosen, small_inputs, tmp_path):
     """In bfloat16 a step at this rate is lost for nineteen weights of twenty, and the rest jump."""
-    path = tmp_path / "config.yaml"
-    fields = yaml.safe_load((chosen[0] / "config.yaml").read_text())
-    path.write_text(yaml.safe_dump(merged(fields, {"model": {"dtype": "bfloat16"}, "dynamics": {"segments": 1}})))
+    config = ("--config", changed(chosen, tmp_path, model={"dtype": "bfloat16"}, dynamics={"segments": 1}))
     prompts, images = ("--prompts", small_inputs / "prompts.parquet"), chosen[1][-2:]
     schedule = tmp_path / "schedule.parquet"
-    done("schedule", "--config", path, "--arm", "sft", "--epochs", 1, "--pairs", chosen[0] / "sft.parquet", "--out", schedule)
-    training = ("--config", path, "--arm", "sft", *prompts, *images, "--schedule", schedule)
+    done("schedule", *config, "--arm", "sft", "--epochs", 1, "--pairs", chosen[0] / "sft.parquet", "--out", schedule)
+    training = (*config, "--arm", "sft", *prompts, *images, "--schedule", schedule)
     trained(training, tmp_path)
     result = done("dynamics.follow", *training, "--probes", chosen[0] / "probes.parquet", "--checkpoint", TINY,
                   "--trained", tmp_path / "checkpoint", "--out", tmp_path / "path.parquet")  # fmt: skip

@@ -88,8 +88,8 @@ class Training:
         material.model.view.model.float()
         narrow = material.config.model.dtype == "bfloat16"
         self.precision = partial(torch.autocast, material.model.device.type, torch.bfloat16, enabled=narrow)
-        tensors = list(material.parameters.tensors.values())
-        self.optimizer = torch.optim.AdamW(tensors, lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay)
+        rate, decay = self.settings.learning_rate, self.settings.weight_decay
+        self.optimizer = gradients.adamw(material.model.view.model, material.parameters, rate, decay)
         self.rates = get_constant_schedule_with_warmup(self.optimizer, self.settings.warmup_steps)
         self.base = gradients.flat(material.parameters)
         self.done = 0  # epochs

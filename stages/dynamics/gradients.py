@@ -76,6 +76,21 @@ def split(vector: torch.Tensor, parameters: Parameters) -> dict[str, torch.Tenso
     return {name: piece.view_as(tensor) for (name, tensor), piece in zip(parameters.tensors.items(), pieces, strict=True)}
 
 
+def adamw(model: nn.Module, parameters: Parameters, rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """Return AdamW for the parameters of a model as the trainer makes it: biases and the weights of norms do not decay."""
+    from transformers import Trainer
+
+    decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # it reads nothing of a trainer
+    groups = [
+        {
+            "params": [tensor for name, tensor in parameters.tensors.items() if (name in decaying) == decays],
+            "weight_decay": decay,
+        }
+        for decays, decay in ((True, weight_decay), (False, 0.0))
+    ]
+    return torch.optim.AdamW(groups, lr=rate)
+
+
 @torch.no_grad()
 def move(parameters: Parameters, vector: torch.Tensor) -> None:
     """Add a flat vector `[size]` to the parameters."""

@@ -39,8 +39,8 @@ def adamw_step(material: Any, gradient: Any, settings: Any, size: float) -> Any:
         parameters.tensors[name].grad = piece.clone()
     tensors = list(parameters.tensors.values())
     torch.nn.utils.clip_grad_norm_(tensors, settings.max_grad_norm)
-    optimizer = torch.optim.AdamW(tensors, lr=size * settings.learning_rate, weight_decay=settings.weight_decay)
-    optimizer.step()
+    rate = size * settings.learning_rate
+    gradients.adamw(material.model.view.model, parameters, rate, settings.weight_decay).step()
     step = gradients.flat(parameters) - before
     gradients.place(parameters, before)
     for tensor in tensors:
