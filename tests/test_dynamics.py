@@ -11,12 +11,14 @@ import pandas
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from stages.common import manifests
 from stages.common.config import Train, load
 from stages.common.errors import UserError
+from stages.common.seeds import hash_seed
 from stages.common.settings import Score
-from stages.dynamics import gradients, likelihood
+from stages.dynamics import embed, gradients, likelihood
 from stages.dynamics.claims import Pairs, interval, step_claims
 from stages.dynamics.command import training_facts
 from stages.dynamics.follow import Training
@@ -35,11 +37,13 @@ from tests.helpers import (
     merged,
     process_of,
     refused,
+    snakemake,
     stage,
     trained,
     wait_until,
     write_config,
 )
+from tests.tiny_judges import write_tiny_clip
 from tests.tiny_show_o import tiny_show_o
 
 PROMPTS = ["a red circle", "a blue circle", "two squares", "a red square above a blue cross"]
@@ -596,6 +600,39 @@ def test_rules_and_kept_batches_depend_on_how_the_examined_arms_train(tmp_path):
     other = loaded.model_copy(update={"model": loaded.model.model_copy(update={"dtype": "bfloat16"})})
     assert model_facts(other.model, checkpoint) != model_facts(loaded.model, checkpoint)
     assert [of["beta"] for of in training_facts(loaded, [{"arm": "dpo"}])] == [0.1, 0.375]
+
+
+def test_kept_embeddings_are_known_by_the_files_of_clip(chosen, small_inputs, tmp_path, monkeypatch):
+    """Batches that other weights under the same name have embedded are not taken."""
+    folder = write_tiny_clip(tmp_path / "clip")
+    config, keys = changed(chosen, tmp_path, dynamics={"clip": str(folder)}), []
+    monkeypatch.setattr(embed, "write_batches", lambda out, kind, key, *_, **__: keys.append(hash_seed(*key)))
+    monkeypatch.setattr(embed, "own_states", lambda *_: None)
+    arguments = ("--config", config, "--prompts", small_inputs / "prompts.parquet", *chosen[1][-2:], "--checkpoint", TINY,
+                 "--out", tmp_path / "embeddings.parquet")  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["embed", *map(str, arguments)])
+    embed.main()
+    embed.main()
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    embed.main()
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_the_files_of_clip_are_inputs_of_the_embeddings(tmp_path):
+    """So Snakemake notices other weights under the same name, and a wrong folder is named before anything runs."""
+    source, folder = copy_of_the_project(tmp_path), write_tiny_clip(tmp_path / "clip")
+    rules = source / "workflow/rules/dynamics.smk"  # of a job with a message, a dry run does not show the inputs
+    rules.write_text(re.sub(r"( +)message:\n +\".*\"\n", "", rules.read_text()))
+    write_config(tmp_path / "run", dynamics={"clip": str(folder)})
+    planned = completed(tmp_path / "run", "-n", "dynamics_proxies", source=source)
+    inputs = re.findall(r"^rule dynamics_embed:\n +input: (.*)", planned, re.MULTILINE)
+    assert len(inputs) == 2
+    assert all(f"{folder}/{name}" in line for line in inputs for name in ("model.safetensors", "tokenizer.json"))
+    (folder / "model.safetensors").unlink()
+    result = snakemake(tmp_path / "run", "-n", "dynamics_proxies", source=source)
+    assert result.returncode != 0
+    assert f"dynamics.clip: {folder}: no weights" in result.stdout + result.stderr
 
 
 def test_the_cost_of_sketches_is_said_beforehand(chosen, tmp_path):

@@ -38,6 +38,7 @@ from stages.families import checkpoint_hash, describe, model_facts
 
 Row = dict[str, Any]
 SIDE = 16  # pixels
+CLIP_REMEDY = "give the folder of a CLIP checkpoint as dynamics.clip"
 DRAWS = 4  # of what a family without tokens in order draws for a row
 Embedder = Callable[[list[str], list[str], np.ndarray], tuple[np.ndarray | None, np.ndarray]]
 
@@ -95,6 +96,14 @@ def own_states(config: Config, checkpoint: Path, candidates: Candidates) -> Embe
     return embed
 
 
+def clip_files(folder: str) -> list[str]:
+    """Return the files of a CLIP checkpoint, on which its embeddings depend. Raises UserError on a folder without one."""
+    from stages.judges.checkpoint import checkpoint_files
+    from stages.judges.clip_score import MODELS
+
+    return checkpoint_files(folder, CLIP_REMEDY, MODELS, tokenizer=True)
+
+
 def clip(folder: str, device: str) -> Embedder:
     """Return an embedder by a CLIP checkpoint."""
     import torch
@@ -103,8 +112,7 @@ def clip(folder: str, device: str) -> Embedder:
     from stages.judges.checkpoint import device_of, load_model, load_tokenizer, normalised
     from stages.judges.clip_score import MODELS, cropped
 
-    remedy = "give the folder of a CLIP checkpoint as dynamics.clip"
-    tokenizer, model = load_tokenizer(folder, remedy), load_model(folder, remedy, device, CLIPModel, MODELS)
+    tokenizer, model = load_tokenizer(folder, CLIP_REMEDY), load_model(folder, CLIP_REMEDY, device, CLIPModel, MODELS)
     longest = model.config.text_config.max_position_embeddings
 
     @torch.inference_mode()
@@ -163,7 +171,12 @@ def main() -> None:
         embedders["clip"] = clip(config.dynamics.clip, config.model.device)
     known = {source: embed for source, embed in embedders.items() if embed is not None}
     uses = [entry("FAMILIES", family)]
-    facts = {"checkpoint": checkpoint_hash(family, arguments.checkpoint, "train"), "clip": config.dynamics.clip}
+    facts = {
+        "checkpoint": checkpoint_hash(family, arguments.checkpoint, "train"),
+        "clip": [manifests.content_hash(Path(file)) for file in clip_files(config.dynamics.clip)]
+        if config.dynamics.clip
+        else None,
+    }
     parents = [*arguments.prompts, *arguments.candidates, *arguments.pairs]
     key = ("dynamics embeddings", code("stages.dynamics.embed", mentioned=uses), facts, arguments.shard,
            model_facts(config.model, arguments.checkpoint), config.seed, config.score.batch_size,

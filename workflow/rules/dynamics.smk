@@ -215,6 +215,7 @@ if PROBED:
             candidates=examined_candidates(),
             pairs=examined_pairs()[1],
             checkpoint=checkpoint_files("base", "train"),
+            clip=clip_files,
         output:
             f"{DYNAMICS}/embeddings/{{shard}}.parquet",
         log:

@@ -36,6 +36,16 @@ def examined_candidates():
     return [*shard_files("base", "candidates", PROBED), *shard_files("base", "candidates", "train"), *replayed]
 
 
+def clip_files(wildcards):
+    """Return the files of the CLIP of dynamics.clip, if there is one."""
+    from stages.dynamics import embed
+
+    try:
+        return embed.clip_files(settings.dynamics.clip) if settings.dynamics.clip else []
+    except UserError as error:
+        raise WorkflowError(f"{names}: dynamics.clip: {error}")
+
+
 def training_verdicts():
     """Return an external judge's verdicts on training candidates, which only measure."""
     folder, named = f"verdicts/{PROBE_JUDGE}", [("base", "train"), *((name, "replay") for name in examined_replays())]
