@@ -6,7 +6,8 @@
 No model is loaded. The benchmark's kind defines the metrics (stages/understanding/). `overall` is the unweighted mean over the
 categories of a metric. The intervals are those of stages/tools/metrics.py, with images in place of prompts: images are
 resampled within their categories, and both checkpoints have the same images in each resample. Where there are few images, or
-where all agree, the interval is exact; AUC and F1 are then treated as shares of the images from which they are computed.
+where all agree, the interval is exact, and images are its trials, however many questions there are about each; AUC and F1 are
+then treated as shares of the images from which they are computed.
 """
 
 from __future__ import annotations

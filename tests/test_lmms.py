@@ -23,6 +23,7 @@ from stages.common.errors import UserError
 from stages.count_answers import metric_rows
 from stages.shapes import oracle
 from stages.shapes.grammar import parse_prompt
+from stages.tools.intervals import exact_interval
 from stages.understanding import understanding_kind
 from stages.understanding.lmms import (
     LMMS_EVAL,
@@ -215,6 +216,17 @@ def test_every_question_counts_once_however_many_its_image_has():
     answers = answers_of("gqa", Finished("0.7.3", "exact_match", 0.75, samples))
     row = metric_rows(LMMS_EVAL, answers, answers, 100)[0]
     assert (row["metric"], row["value"], row["denominator"]) == ("gqa_accuracy", 75.0, 4)
+
+
+def test_many_questions_about_few_images_have_the_interval_of_few_images():
+    """Of thirty questions about three images 27 are answered rightly: resampled, three images would say 80 to 100 %."""
+    samples = [sample(i, "A", float(i % 10 >= i // 10), "A", image_id=str(i // 10), category="all") for i in range(30)]
+    answers = answers_of("gqa", Finished("0.7.3", "exact_match", 0.9, samples))
+    row = metric_rows(LMMS_EVAL, answers, answers, 100)[0]
+    low, high = exact_interval(2.7, 3)
+    assert (row["value"], row["denominator"]) == (90.0, 30)
+    assert (row["ci_low"], row["ci_high"]) == (pytest.approx(100 * low), pytest.approx(100 * high))
+    assert low < 0.3
 
 
 def test_both_checkpoints_have_the_same_metrics_whatever_they_answer():

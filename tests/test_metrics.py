@@ -223,6 +223,18 @@ def test_a_few_disagreements_have_an_exact_interval_instead_of_none_of_width(met
     assert (row["delta_ci_low"], row["delta_ci_high"]) == (row["ci_low"] - 50, row["ci_high"] - 50)
 
 
+@pytest.mark.parametrize(("right", "number"), [((8, 9, 10), 3), ((10, 10, 10), 3), ((9, 10) * 14, 28)])
+def test_many_images_of_few_prompts_are_no_narrow_interval(right, number):
+    """The images of one prompt, and the questions about one image, resemble each other, so the trials are the prompts."""
+    counts = counts_of(*((count, 10) for count in right), (0, 0))
+    found = metrics.estimate("gen", counts, [np.arange(number + 1)], 200, 0)
+    low, high = exact_interval(sum(right) / 10, number)
+    assert found.value == pytest.approx(10 * sum(right) / number)
+    assert (found.low, found.high, found.drawn) == (pytest.approx(100 * low), pytest.approx(100 * high), None)
+    enough = metrics.estimate("gen", np.concatenate([counts] * 10, 2), [np.arange(10 * (number + 1))], 200, 0)
+    assert (enough.drawn is None) == (right == (10, 10, 10)), "of 30 prompts it is resampled, unless all are equal"
+
+
 @pytest.mark.parametrize("metric", ["gen", "und", "und_paper", "und_pooled", "weak_generation"])
 @pytest.mark.parametrize("images", [1, 4, 40])
 @pytest.mark.parametrize("share", [0, 0.5, 1])

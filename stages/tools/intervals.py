@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 from scipy.special import betaincinv, stdtrit
 
-FEW = 30  # with fewer images than this, intervals are exact instead of resampled or approximated
+FEW = 30  # with fewer images or prompts than this, intervals are exact instead of resampled or approximated
 Z = NormalDist().inv_cdf(0.975)
 
 

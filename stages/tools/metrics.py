@@ -32,10 +32,10 @@ An unreadable verdict counts only in the shares of unreadable verdicts; it is in
 external judge there are only non, own_unreadable, neither and the metrics of the scorers. `overall` is the unweighted
 mean over categories.
 
-The intervals are 95 %. They are resampled by prompt, except where a category has counted fewer than 30 images or where all
-resamples are equal: there, resampling would promise too much, and the interval is the exact one of Clopper and Pearson, which
-takes images as independent. The interval of `overall` is then put together from those of its categories. No interval has a
-width of zero.
+The intervals are 95 %. They are resampled by prompt, except where a category has counted images of fewer than 30 prompts or
+where all resamples are equal: there, resampling would promise too much, and the interval is the exact one of Clopper and
+Pearson. Its trials are the prompts, of each run where there are several, because the images of one prompt are not independent.
+The interval of `overall` is then put together from those of its categories. No interval has a width of zero.
 """
 
 from __future__ import annotations
@@ -415,7 +415,8 @@ def estimate(metric: str, counts: Counts, groups: list[np.ndarray], rounds: int,
     groups = groups_for(metric, groups)
     value = share(metric, counts, groups)
     parts = [counts[:, :, group].sum((1, 2)) for group in groups]
-    if all(bottom == 0 or bottom >= FEW for _, bottom in parts):
+    prompts = [np.count_nonzero(counts[1][:, group]) for group in groups]  # those that count, in each run
+    if all(bottom == 0 or min(bottom, number) >= FEW for (_, bottom), number in zip(parts, prompts, strict=True)):
         drawn = resample(metric, counts, groups, rounds, seed)
         low, high = interval(drawn)
         if low != high:
@@ -424,7 +425,8 @@ def estimate(metric: str, counts: Counts, groups: list[np.ndarray], rounds: int,
         top, bottom = parts[0]
         if not bottom:
             return Estimate(value)
-        low, high = exact_interval(top, bottom)
+        scale = min(1.0, prompts[0] / bottom)
+        low, high = exact_interval(top * scale, bottom * scale)
         return Estimate(value, 100 * low, 100 * high)
     return combined(metric, value, [estimate(metric, counts, [group], rounds, seed) for group in groups])
 
