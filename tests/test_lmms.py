@@ -20,17 +20,20 @@ from datasets.naming import camelcase_to_snakecase
 
 from stages.common.config import validate
 from stages.common.errors import UserError
+from stages.common.settings import Model, Score
 from stages.count_answers import metric_rows
 from stages.shapes import oracle
 from stages.shapes.grammar import parse_prompt
 from stages.tools.intervals import exact_interval
 from stages.understanding import understanding_kind
 from stages.understanding.lmms import (
+    LAUNCHER,
     LMMS_EVAL,
     LmmsEval,
     answers_of,
     compared,
     environment,
+    evaluate,
     files,
     measures,
     read,
@@ -158,6 +161,18 @@ def test_a_failure_of_lmms_eval_is_one_message_with_the_remedy(tmp_path):
         read(path, "pope", 1, "fetch pope")
     with pytest.raises(UserError, match=r"metrics\.pope"):
         answers_of("pope", Finished("0.7.3", "pope_f1", 0.0, []))
+
+
+@pytest.mark.parametrize("include_path", [None, "tasks"])
+def test_the_command_that_fetches_missing_data_finds_tasks_of_ones_own(include_path, tmp_path):
+    python = tmp_path / "python"  # in the place of lmms-eval's
+    python.write_text('#!/bin/sh\necho \'{"error": "task mine cannot be loaded: offline"}\' > answers.json\n')
+    python.chmod(0o755)
+    asked = settings(tasks=["mine"], python=str(python), cache="hf", include_path=include_path)
+    with pytest.raises(UserError) as error:
+        evaluate(asked, Model(), Score(), tmp_path, "mine")
+    own = f" --include-path {Path('tasks').absolute()}" if include_path else ""
+    assert str(error.value).endswith(f"HF_HOME={Path('hf').absolute()} {python} -m {LAUNCHER} prepare mine{own}")
 
 
 def test_a_metric_that_is_no_mean_over_answers_is_said(capsys):

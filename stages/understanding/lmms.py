@@ -142,14 +142,16 @@ def environment(settings: LmmsEval) -> dict[str, str]:
 def evaluate(settings: LmmsEval, model: Model, score: Score, checkpoint: Path, task: str) -> list[Answer]:
     """Run a task in lmms-eval's environment and return its answers. Raises UserError if it fails."""
     python, variables = interpreter(settings), environment(settings)
+    own = str(Path(settings.include_path).absolute()) if settings.include_path else None
     remedy = f"cd {ROOT} && HF_HOME={variables['HF_HOME']} {python} -m {LAUNCHER} prepare {task}"
+    remedy += f" --include-path {own}" if own else ""
     request = Request(
         task=task,
         checkpoint=str(checkpoint.absolute()),
         model=model.model_dump(),
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
-        include_path=str(Path(settings.include_path).absolute()) if settings.include_path else None,
+        include_path=own,
         limit=settings.limit,
         metric=settings.metrics.get(task),
         category=settings.categories.get(task, CATEGORIES.get(task)),
