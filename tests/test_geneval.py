@@ -201,7 +201,7 @@ def random_case(generator: np.random.Generator, tag: str) -> tuple[dict, list[De
 
 
 @pytest.mark.parametrize("tag", TAGS)
-def test_the_rules_agree_with_another_formulation_and_can_be_applied_again_to_the_answer(tag):
+def test_the_rules_agree_with_another_formulation(tag):
     generator = np.random.default_rng(TAGS.index(tag))
     seen: Counter = Counter()
     for _ in range(1000):
@@ -210,8 +210,6 @@ def test_the_rules_agree_with_another_formulation_and_can_be_applied_again_to_th
         metadata = read_metadata(json.dumps(asked | {"prompt": "a photo"}))
         verdict = geneval.verdict(metadata, found)
         assert (verdict.matches, verdict.reason) == expected, (asked, found)
-        again = geneval.from_answer(json.dumps(asked), verdict.answer)
-        assert (again.matches, again.reason) == expected, (asked, found)
         seen[verdict.reason] += 1
     errors = {"missing", "count", *{"counting": ["extra"], "position": ["position", "color"]}.get(tag, [])}
     errors |= {"color"} if tag in ("colors", "color_attr") else set()
@@ -246,9 +244,6 @@ def test_an_answer_is_compact_and_its_scores_keep_their_side_of_a_threshold():
     for score in range(0, 1_000_001, 7):
         rounded = json.loads(geneval.to_answer([detection("car", score / 1e6)]))[0]["score"]
         assert 0 <= rounded - score / 1e6 < 1e-4
-    for answer in ("[1]", '[{"class":"car"}]', "3", "{"):
-        with pytest.raises(ValueError):
-            geneval.from_answer('{"tag":"colors","include":[{"class":"car","count":1}]}', answer)
 
 
 @pytest.mark.parametrize(
@@ -401,15 +396,16 @@ def test_verdicts_through_the_stage_are_those_of_the_rules(height, width, checkp
     images = pictures(9, height, width)
     detect = geneval.open_detector(str(checkpoints / "detector"), "cpu", "float32")
     colors = geneval.open_colors(str(checkpoints / "clip"), "cpu", "float32")
-    prompts, expected = [], []
+    prompts, expected, seen = [], [], []
     for number, image in enumerate(images):
         ((found, masks),) = detect(image[None])
-        seen = [
+        objects = [
             Detection(one.name, one.score, one.box, *colors([geneval.cut_out(image, mask, one.box)], [one.name]))
             for one, mask in zip(found, masks, strict=True)
         ]
-        asked = asking(number, seen)
-        expected.append(reference(asked, seen))
+        asked = asking(number, objects)
+        expected.append(reference(asked, objects))
+        seen.append(sorted(objects, key=lambda one: -one.score))
         row = {"prompt_id": f"p{number:02d}", "prompt": f"prompt {number}", "category": asked["tag"], "source": "geneval"}
         prompts.append(row | {"split": "geneval", "metadata": json.dumps(asked)})
     write_images(tmp_path, prompts, images)
@@ -421,10 +417,10 @@ def test_verdicts_through_the_stage_are_those_of_the_rules(height, width, checkp
         done("judge", "--config", tmp_path / "config.yaml", "--judge", name, *arguments, "--out", tmp_path / f"{name}.parquet")
         rows = manifests.read_rows(tmp_path / f"{name}.parquet", "verdicts")
         assert [(row["verdict"], row["reason"]) for row in rows] == expected
-        for row, prompt in zip(rows, prompts, strict=True):
-            again = geneval.from_answer(prompt["metadata"], row["answer"])
-            assert (again.matches, again.reason, again.answer) == (row["verdict"], row["reason"], row["answer"])
-            assert all(one["score"] > MINIMUM_SCORE for one in json.loads(row["answer"]))
+        for row, objects in zip(rows, seen, strict=True):
+            answer = json.loads(row["answer"])
+            assert [(one["class"], one["box"]) for one in answer] == [(one.name, list(one.box)) for one in objects]
+            assert all(one["score"] > MINIMUM_SCORE for one in answer)
         assert any("color" in one for row in rows for one in json.loads(row["answer"]))
     assert {None, "missing", "color"} <= {reason for _, reason in expected}
 

@@ -128,20 +128,6 @@ def to_answer(detections: Sequence[Detection]) -> str:
     return json.dumps(rows, separators=(",", ":"))
 
 
-def from_answer(metadata: str | None, answer: str) -> Verdict:
-    """Apply the rules again to the answer of an earlier verdict. No model is loaded.
-
-    metadata: GenEval's metadata of the prompt as JSON, as in the prompt manifest. Raises ValueError on text of another form,
-    and where the metadata asks about the color of an object whose color was not asked then.
-    """
-    rows = json.loads(answer)
-    try:
-        found = [Detection(row["class"], row["score"], tuple(row["box"]), row.get("color")) for row in rows]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"not an answer of the judge geneval-hf ({error!r})") from None
-    return verdict(read_metadata(metadata), found)
-
-
 # The models
 
 
