@@ -59,6 +59,7 @@ Place = tuple[str, str]  # a benchmark and one of its categories
 OWN, MEAN, ALL = "own", "mean", "all strata"
 BY_IMAGE = ("non", "gen", "weak_generation", "false_acceptance", "false_refusal", "judge_on_own", "own_unreadable")
 EPOCHS = {"sft": 20, "dpo": 30}  # the paper's, where the configuration has no arms
+OTHER = "other"  # the stratum of categories without a difficulty, where others have one
 UNREADABLE = 5.0  # with more unreadable answers than this, in percent, there is a warning
 CAUTION = (
     "The paper's rows have Non. of a whole benchmark, from its table of main results. Its audit by subtask is a figure, whose "
@@ -119,7 +120,9 @@ def strata_of(config: Config, categories: dict[Place, str | None]) -> dict[str, 
     if not levels:
         return {name: [place for place in categories if place[0] == name] for name in dict.fromkeys(b for b, _ in categories)}
     ordered = [name for name in ("easy", "medium", "hard") if name in levels] + sorted(levels - {"easy", "medium", "hard"})
-    return {name: [place for place, level in categories.items() if level == name] for name in ordered}
+    found = {name: [place for place, level in categories.items() if level == name] for name in ordered}
+    others = [place for place, level in categories.items() if not level]
+    return found | ({OTHER: others} if others else {})
 
 
 def read_categories(prompts: dict[str, list[Row]]) -> dict[Place, str | None]:

@@ -21,6 +21,7 @@ from stages.pairs import select
 from stages.suites import open_suite
 from stages.tools import forecast
 from stages.tools.forecast import Line, Plan, Value
+from stages.tools.forecast_check import audited
 from stages.tools.kappa import agree, kappa
 from tests.helpers import (
     ROOT,
@@ -136,6 +137,15 @@ def test_one_image_for_each_prompt_widens_the_forecast_to_the_assumed_range():
         assert single["rows"].low < rows * 300 / 2000 < single["rows"].high
 
 
+@pytest.mark.parametrize("p_yes", [0.1, 0.9])
+def test_prompts_that_all_agree_do_not_make_the_forecast_certain(p_yes):
+    few = forecast.group(np.full(40, p_yes), np.ones(40), np.arange(40), SFT)
+    found = forecast.selection({"all": few}, SFT, 6000, ASSUMED, seed=0)
+    assert found["rows"].low <= found["rows"].value <= found["rows"].high
+    assert found["rows"].high - found["rows"].low > 300
+    assert found["pool"].high - found["pool"].low > 0.3
+
+
 def test_precision_weighs_categories_by_their_rows_and_is_exact_without_an_error():
     many = forecast.group(np.full(60, 0.9), np.repeat([1.0, 0.0], [30, 30]), np.arange(60), SFT)
     none = forecast.group(np.full(60, 0.1), np.ones(60), np.arange(60), SFT)
@@ -225,8 +235,8 @@ def test_strata_are_the_settings_or_the_benchmarks_difficulties_or_the_benchmark
     config = validate(merged(SMALL, {}))
     levels = {("g", "one"): "easy", ("c", "texture"): "medium", ("c", "shape"): None, ("s", "physics"): "hard"}
     found = strata_of(config, levels)
-    assert list(found) == ["easy", "medium", "hard"]
-    assert found["medium"] == [("c", "texture")]
+    assert list(found) == ["easy", "medium", "hard", "other"]
+    assert (found["medium"], found["other"]) == ([("c", "texture")], [("c", "shape")])
     assert list(strata_of(config, dict.fromkeys(levels))) == ["g", "c", "s"]
     own = validate(merged(SMALL, {"audit": {"strata": {"mine": ["shape", "one"]}}}))
     assert strata_of(own, levels) == {"mine": [("c", "shape"), ("g", "one")]}
@@ -429,6 +439,7 @@ def test_equal_inputs_give_equal_files_and_missing_ones_are_named(known, tmp_pat
         ),
         ({"models": {"a": {"checkpoint": "x", "score": {"mode": "guess"}}}}, "audit.models.a.score.mode: "),
         ({"judges": ["crowd"]}, "audit.judges: no judge 'crowd'"),
+        ({"strata": {"a": ["color"], "b": ["shape", "color"]}}, "audit.strata: the category color is listed twice"),
         ({"like": ["geneval"]}, "audit.like: geneval is not in benchmarks, which has validation"),
         ({"correlation": [0.5, 0.2, 0.7]}, "audit.correlation: the lowest, the assumed and the highest correlation must rise"),
     ],
@@ -592,6 +603,14 @@ def test_the_forecast_is_held_against_what_a_run_has_selected_and_gained(run, tm
     assert "gain, from all images: mean error" in printed
     assert "correlates with Non. before training at" in printed
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_further_judges_of_an_audit_do_not_stand_in_the_way_of_its_forecast(run, tmp_path):
+    _, folder, _ = run
+    fields = yaml.safe_load((folder / "results/small/run_config.yaml").read_text())
+    fields["judges"] = {"people": {"kind": "table", "files": [str(tmp_path / "people.csv")]}}
+    fields["audit"]["judges"] = ["people"]
+    assert audited(folder / "results/small", validate(fields))["all"]
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def gpus(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize(("listed", "given"), [(None, ["1"]), ("4,7", ["7"]), ("", [""]), ("-1", ["-1"])])
+@pytest.mark.parametrize(("listed", "given"), [(None, ["1"]), ("4,7", ["7"]), ("4", ["4"]), ("", [""]), ("-1", ["-1"])])
 def test_each_process_gets_a_gpu_of_those_that_are_visible(listed, given, gpus, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if listed is not None:
@@ -81,5 +81,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     with pytest.raises(UserError, match=r"workers of .*: 3 processes need a GPU each, but torch sees 2"):
         workers(model)
     assert workers(model.model_copy(update={"device": "cpu"})) == 3
+    with pytest.raises(UserError, match=r"device is cuda:1; set device to cuda"):
+        workers(model.model_copy(update={"device": "cuda:1"}))
     monkeypatch.setenv(processes.PROCESS, "1/3")  # sees one GPU, and is one of the three
     assert workers(model) == 3

@@ -20,7 +20,7 @@ from stages.common.config import validate
 from stages.judges.table import read_table
 from stages.pages import gallery, plots
 from stages.pages.render import ASSETS
-from stages.pages.report import cost, facts_of, page_of
+from stages.pages.report import code_of_stages, cost, facts_of, page_of
 from stages.pages.review import Plan, drawn, needed
 from stages.pages.run import open_run
 from stages.tools.agreement import compared, majority
@@ -224,6 +224,13 @@ def test_time_and_memory_are_those_of_all_jobs_of_a_stage(made, tmp_path):
         path.write_text('{"s": 3600, "cpu_time": 1800, "max_rss": 2000}\n')
     (texts,) = [[cell.text for cell in cells] for (stage,), cells in cost(open_run(folder)).rows if stage == "reference"]
     assert texts == ["2", "2.00", "1.00", "2.00"]
+
+
+def test_a_broken_file_of_another_part_does_not_prevent_the_pages(made, tmp_path):
+    folder = shutil.copytree(made, tmp_path / "made")
+    (folder / "dynamics").mkdir()
+    (folder / "dynamics/claims.parquet").write_bytes(b"PAR1 broken")
+    assert code_of_stages(open_run(folder)) == code_of_stages(open_run(made)) != []
 
 
 def test_a_run_that_has_only_begun_has_pages(made, tmp_path):

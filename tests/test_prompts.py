@@ -70,6 +70,9 @@ def test_geneval_metadata(tmp_path):
     rows, _ = collect(GenevalPrompts(source="geneval", files=[str(tmp_path / "m.jsonl")]), 0)
     assert rows[0]["category"] == "counting"
     assert json.loads(rows[0]["metadata"])["include"][0]["count"] == 2
+    separated = json.dumps(line | {"prompt": "a photo of\u2028two benches"}, ensure_ascii=False)  # one line of JSON
+    (tmp_path / "m.jsonl").write_text(separated + "\n", encoding="utf-8")
+    assert len(collect(GenevalPrompts(source="geneval", files=[str(tmp_path / "m.jsonl")]), 0)[0]) == 1
 
 
 @pytest.mark.parametrize(

@@ -394,8 +394,9 @@ class Audit(Section):
     )
     strata: dict[str, list[str]] = Field(
         default={},
-        description="The categories of each stratum, in the order in which they are shown. Empty: easy, medium and hard as the "
-        "benchmarks define them, or one stratum for each benchmark if none does.",
+        description="The categories of each stratum, in the order in which they are shown. Categories that are not listed are "
+        "left out. Empty: easy, medium and hard as the benchmarks define them, and other for the rest, or one stratum for "
+        "each benchmark if none does.",
     )
     like: list[Name] = Field(
         default=[], description="The benchmarks whose prompts stand for the training prompts in the forecast. Empty: all."
@@ -427,6 +428,14 @@ class Audit(Section):
     device: str = Field(
         default="", description="Part of the name of the GPU or CPU whose measured speed gives the GPU hours (speed/results)."
     )
+
+    @field_validator("strata")
+    @classmethod
+    def _once(cls, strata: dict[str, list[str]]) -> dict[str, list[str]]:
+        names = [name for categories in strata.values() for name in categories]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"the category {twice[0]} is listed twice; it belongs to one stratum")
+        return strata
 
     @field_validator("correlation")
     @classmethod

@@ -425,6 +425,9 @@ def prompts_of(path: Path, candidates: list[dict[str, Any]]) -> dict[str, dict[s
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """Return the `selfgap` metadata of a manifest, or an empty dictionary."""
-    metadata = pq.read_schema(path).metadata or {}
+    """Return the `selfgap` metadata of a manifest, or an empty dictionary. Raises UserError on a file that is no Parquet."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())}); {AGAIN}") from None
     return json.loads(metadata.get(b"selfgap", b"{}"))

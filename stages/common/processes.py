@@ -39,8 +39,10 @@ def helpers(count: int) -> Iterator[None]:
     started = []
     for number in range(1, count):
         environment = os.environ | {PROCESS: f"{number}/{count}"}
-        if listed is None or visible:  # otherwise all GPUs are hidden
-            environment["CUDA_VISIBLE_DEVICES"] = visible[number] if visible else str(number)
+        if listed is None:
+            environment["CUDA_VISIBLE_DEVICES"] = str(number)
+        elif number < len(visible):  # with fewer, none is used, or all are hidden
+            environment["CUDA_VISIBLE_DEVICES"] = visible[number]
         started.append(subprocess.Popen([sys.executable, *command()], env=environment))
     try:
         yield

@@ -109,8 +109,9 @@ def clip(folder: str, device: str) -> Embedder:
     import torch
     from transformers import CLIPModel
 
+    from stages.families.tools.pictures import square
     from stages.judges.checkpoint import device_of, load_model, load_tokenizer, normalised
-    from stages.judges.clip_score import MODELS, cropped
+    from stages.judges.clip_score import MODELS
 
     tokenizer, model = load_tokenizer(folder, CLIP_REMEDY), load_model(folder, CLIP_REMEDY, device, CLIPModel, MODELS)
     longest = model.config.text_config.max_position_embeddings
@@ -120,7 +121,7 @@ def clip(folder: str, device: str) -> Embedder:
         encoded = tokenizer(texts, padding="longest", truncation=True, max_length=longest, return_tensors="pt")
         read = model.get_text_features(**encoded.to(device_of(device))).pooler_output
         side = model.config.vision_config.image_size
-        shown = normalised([cropped(image, side) for image in images]).to(device_of(device))
+        shown = normalised(list(square(images, side))).to(device_of(device))
         seen = model.get_image_features(pixel_values=shown).pooler_output
         return unit(read.float().cpu().numpy()), unit(seen.float().cpu().numpy())
 

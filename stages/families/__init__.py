@@ -63,12 +63,14 @@ def workers(model: Model) -> int:
 
 
 def require_gpus(model: Model, count: int, setting: str) -> None:
-    """Raise UserError where `count` processes of this machine need a GPU each and there are fewer.
+    """Raise UserError where `count` processes of this machine need a GPU each and there are fewer, or one is named for all.
 
     A process without one would use the CPU, or fail with an error of torch's that names no setting.
     """
     import torch
 
+    if model.device.startswith("cuda:") and count > 1:
+        raise UserError(f"{setting}: {count} processes need a GPU each, but device is {model.device}; set device to cuda")
     seen = torch.cuda.device_count()
     if model.device in ("auto", "cuda") and 0 < seen < count:
         raise UserError(

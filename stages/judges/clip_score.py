@@ -33,19 +33,6 @@ class ClipScoreJudge(CheckpointJudge):
     kind: Literal["clip-score"]
 
 
-def cropped(image: np.ndarray, side: int) -> np.ndarray:
-    """Return the image with its short side resized to `side` pixels (bicubic) and its centre cut out, as CLIP does."""
-    import numpy as np
-    from PIL import Image
-
-    picture = Image.fromarray(image).convert("RGB")
-    short = min(picture.size)
-    width, height = (side if edge == short else int(side * edge / short) for edge in picture.size)
-    left, top = round((width - side) / 2), round((height - side) / 2)
-    resized = picture.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(resized.crop((left, top, left + side, top + side)))
-
-
 Cosines = Callable[[Sequence["np.ndarray"], Sequence[str]], list[float]]
 
 
@@ -57,6 +44,8 @@ def open_cosines(settings: CheckpointJudge, truncate: bool) -> tuple[Cosines, fl
     """
     import torch
     from transformers import CLIPModel
+
+    from stages.families.tools.pictures import square
 
     remedy = remedy_of(settings.kind)
     tokenizer = load_tokenizer(settings.checkpoint, remedy)
@@ -73,7 +62,7 @@ def open_cosines(settings: CheckpointJudge, truncate: bool) -> tuple[Cosines, fl
             raise UserError(
                 f"prompt {text!r}: more than {longest} tokens; the judge {settings.kind} cannot read so long a prompt"
             )
-        pixels = normalised([cropped(image, side) for image in images]).to(device)
+        pixels = normalised([square(image[None], side)[0] for image in images]).to(device)
         seen = model.get_image_features(pixel_values=pixels).pooler_output
         read = model.get_text_features(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask).pooler_output
         return torch.nn.functional.cosine_similarity(seen, read).tolist()

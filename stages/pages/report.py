@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from stages.common import manifests
+from stages.common.errors import UserError
 from stages.pages import plots
 from stages.pages.render import package_version, page
 from stages.pages.run import BASE, Run, places, read_columns
@@ -292,7 +293,10 @@ def code_of_stages(run: Run) -> list[tuple[str, str]]:
     for path in sorted(run.folder.glob("**/*.parquet")):
         if "work" in path.relative_to(run.folder).parts or path.parent.name.startswith("."):
             continue
-        facts = manifests.facts(path)
+        try:
+            facts = manifests.facts(path)
+        except UserError:  # the pages of a run that has failed are made as well as possible
+            continue
         if facts and facts["stage"] not in found:
             found[facts["stage"]] = hashlib.sha256(" ".join(facts["code"]).encode()).hexdigest()[:12]
     return sorted(found.items())

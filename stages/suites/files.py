@@ -53,7 +53,7 @@ def geneval_rows(path: Path) -> list[PromptRow]:
     Only prompt and tag are read here. Raises UserError with file and line where they are no texts.
     """
     rows: list[PromptRow] = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # JSON may hold other line separators
         if not line.strip():
             continue
         try:

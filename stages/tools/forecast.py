@@ -19,7 +19,8 @@ results that it does publish, for two models on three benchmarks (stages/paper/r
 the prediction interval of a simple regression with this correlation on so many points; it is wide, and it should be.
 
 The intervals of rows, pool and precision are 95 % and for one training: prompts are resampled within categories, and how many
-of the training prompts are selected is drawn for each resample.
+of the training prompts are selected is drawn for each resample. Where all prompts of a category have the same share of accepted
+images, such as none, that share is drawn too (`_shares`).
 """
 
 from __future__ import annotations
@@ -170,7 +171,8 @@ def selection(
     spread = correlation(parts, drawn) if measured else np.full(ROUNDS, np.nan)
     point = np.where(np.isnan(point), assumed[1], point)
     spread = np.where(np.isnan(spread), generator.uniform(assumed[0], assumed[2], ROUNDS), spread)
-    best, resampled = (_outcome(parts, mix, plan, w, rho) for w, rho in ((once, point), (drawn, spread)))
+    best = _outcome(parts, mix, plan, once, point)
+    resampled = _outcome(parts, mix, plan, drawn, spread, generator)
 
     # One training has a finite number of prompts, so its own counts vary around what is expected.
     selected, pool = (generator.binomial(prompts, np.clip(resampled[name], 0, 1)) / prompts for name in ("selected", "pool"))
@@ -195,14 +197,18 @@ def _picks(generator: np.random.Generator, count: int) -> np.ndarray:
 
 
 def _outcome(
-    parts: Sequence[Group], mix: np.ndarray, plan: Plan, weights: Sequence[np.ndarray], rho: np.ndarray
+    parts: Sequence[Group],
+    mix: np.ndarray,
+    plan: Plan,
+    weights: Sequence[np.ndarray],
+    rho: np.ndarray,
+    generator: np.random.Generator | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return what is expected of one training prompt, each float `[rounds]`: rows and shares."""
+    """Return what is expected of one training prompt, each float `[rounds]`: rows and shares. generator: that of resamples."""
     found = {name: np.zeros(len(rho)) for name in ("rows", "selected", "pool")}
     right, known = np.zeros(len(rho)), np.zeros(len(rho))
     for part, share, weight in zip(parts, mix, weights, strict=True):
-        images = weight @ part.images
-        accepted, rejected = weight @ part.accepted / images, weight @ part.rejected / images
+        accepted, rejected = (_shares(part, count, weight, generator) for count in (part.accepted, part.rejected))
         without = none_of(accepted, rho, plan.candidates)
         if plan.objective == "sft":
             chosen, rows = 1 - without, expected(accepted, rho, plan.candidates, plan.most)
@@ -221,9 +227,26 @@ def _outcome(
         return found | {"precision": np.where(known > 0, right / known, np.nan)}
 
 
+def _shares(part: Group, count: np.ndarray, weight: np.ndarray, generator: np.random.Generator | None) -> np.ndarray:
+    """Return the share of a category's images that are among `count`, float `[rounds]`.
+
+    Where all prompts have the same share, as where none has an accepted image, resampling them shows no uncertainty. The share
+    of resamples is then drawn from the posterior that as many prompts give after Jeffreys' prior.
+    """
+    shares = count / part.images
+    if generator is None or np.ptp(shares) > 0:
+        return np.asarray(weight @ count / (weight @ part.images))
+    hits = len(shares) * float(shares[0])
+    return generator.beta(hits + 0.5, len(shares) - hits + 0.5, size=len(weight))
+
+
 def _value(best: np.ndarray, resampled: np.ndarray) -> Value:
+    """Return a value with the interval of its resamples, which always contains it."""
+    if np.isnan(best[0]):
+        return Value(None)
     low, high = metrics.interval(resampled)
-    return Value(None) if np.isnan(best[0]) else Value(float(best[0]), low, high)
+    value = float(best[0])
+    return Value(value, None if low is None else min(low, value), None if high is None else max(high, value))
 
 
 # The gain

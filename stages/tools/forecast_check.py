@@ -54,6 +54,7 @@ PAPER = Path(__file__).resolve().parents[1] / "paper" / "results.csv"
 
 def audited(run: Path, config: Config) -> dict[str, dict[Place, Images]]:
     """Return the base model's images of all benchmarks by category: the first of each prompt, and all of them."""
+    config = config.model_copy(update={"audit": config.audit.model_copy(update={"judges": []})})  # they measure agreement only
     every: dict[Place, Images] = {}
     first: dict[Place, Images] = {}
     for name, benchmark in config.benchmarks.items():
