@@ -98,8 +98,9 @@ def match(arguments: argparse.Namespace, config: Config) -> None:
     options = {prompt: choices(by_prompt[prompt], arm.objective, settings.filter, config.seed) for prompt in wanted}
     without = [prompt for prompt in wanted if not options[prompt]]
     if wanted and len(without) == len(wanted):
+        first = [*arguments.verdicts, *arguments.candidates][0]  # without filter oracle there are no verdicts
         raise UserError(
-            f"{arguments.verdicts[0]}: for no prompt of {arguments.like} is there a candidate that the control could choose; "
+            f"{first}: for no prompt of {arguments.like} is there a candidate that the control could choose; "
             "raise generate.candidates, or leave this control out"
         )
     found = match_selection(wanted, options, category_of, config.seed)
@@ -220,6 +221,10 @@ def main() -> None:
     config = load(arguments.config)
     if arguments.arm not in config.arms:
         raise UserError(f"--arm {arguments.arm}: not in {arguments.config}; arms there: {', '.join(config.arms)}")
+    if config.arm_pairs(arguments.arm).filter == "oracle" and not arguments.verdicts:
+        raise UserError(
+            f"--verdicts: missing; arm {arguments.arm} has filter oracle, so give the verdicts of its judge on the candidates"
+        )
     arguments.action(arguments, config)
 
 

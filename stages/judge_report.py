@@ -278,7 +278,7 @@ def threshold_finding(images: Images, threshold: float) -> Finding:
 
     few near       at most FEW_NEAR of the images are near. The judge decides clearly, which is good, and the exact threshold
                    hardly matters.
-    too few        more are near, but there are fewer than FEW of them on one side, or no category has some on both.
+    too few        more are near, but those on one side are of fewer than FEW prompts, or no category has some on both sides.
     informative    the interval of the difference is above 0: a higher p_yes means more right images. Images are compared
                    within categories, since otherwise categories that differ in both p_yes and difficulty could make a
                    difference that no selection among the candidates of one prompt can use.
@@ -290,7 +290,8 @@ def threshold_finding(images: Images, threshold: float) -> Finding:
     right, above = seen.right == 1, seen.p_yes >= threshold
     # Rounding makes the distance of p_yes 0.75 from the threshold 0.85 larger than 0.1.
     near = np.abs(seen.p_yes - threshold) <= WINDOW + 1e-9
-    one, other = (rates.share(right[side], seen.prompt[side]) for side in (near & above, near & ~above))
+    sides = near & above, near & ~above
+    one, other = (rates.share(right[side], seen.prompt[side]) for side in sides)
     gain = rates.difference(right[near], above[near], seen.prompt[near], seen.category[near])
     share = rates.share(near, seen.prompt)
     if not len(near):
@@ -299,7 +300,7 @@ def threshold_finding(images: Images, threshold: float) -> Finding:
         state = "only 0 or 1"
     elif near.mean() <= FEW_NEAR:
         state = "few near"
-    elif min(one.n, other.n) < FEW or gain.low is None:
+    elif min(len(np.unique(seen.prompt[side])) for side in sides) < FEW or gain.low is None:
         state = "too few"
     else:
         state = "informative" if gain.low > 0 else "uninformative"
@@ -327,9 +328,11 @@ def threshold_sentence(finding: Finding) -> str:
             f"within {WINDOW:g} of it. The judge decides clearly, rightly or wrongly."
         )
     if finding.state == "too few":
+        many = min(above.n, below.n) >= FEW and gain.low is not None
+        reason = "which are of too few prompts" if many else "which is too few"
         return (
             f"{threshold} cannot be examined: {above.n} images have a p_yes up to {WINDOW:g} above it and {below.n} up to "
-            f"{WINDOW:g} below it, which is too few to compare them."
+            f"{WINDOW:g} below it, {reason} to compare them."
         )
     assert gain.value is not None and gain.low is not None and gain.high is not None
     compared = (

@@ -156,6 +156,9 @@ def test_precision_weighs_categories_by_their_rows_and_is_exact_without_an_error
     sure = forecast.selection({"right": right}, SFT, 100, ASSUMED, seed=0)["precision"]
     assert (sure.value, sure.high) == (100, 100)
     assert 93 < sure.low < 95  # Clopper and Pearson's for 60 of 60
+    alike = forecast.group(np.full(60, 0.9), np.ones(60), np.arange(60) // 20, SFT)
+    unsure = forecast.selection({"alike": alike}, SFT, 100, ASSUMED, seed=0)["precision"]
+    assert 29 < unsure.low < 30  # that for 3 of 3, because images of one prompt resemble each other
     unjudged = forecast.group(np.full(60, 0.9), np.full(60, np.nan), np.arange(60), SFT)
     assert forecast.selection({"a": unjudged}, SFT, 100, ASSUMED, seed=0)["precision"] == Value(None)
 

@@ -856,6 +856,55 @@ def test_a_detector_scores_by_category(detector, tmp_path):
         opened("detector", **settings)([Item("c", {"prompt": "a red cat", "category": "color"}, drawn[0])])
 
 
+OUTSIDE = [
+    ("spatial", "a cat beside a dog"),
+    ("3d_spatial", "a cat beside a dog"),
+    ("numeracy", "a crowd of people"),
+    ("complex", "Near the red house is a small dog."),
+]
+
+
+@pytest.mark.parametrize(("category", "text"), OUTSIDE)
+def test_a_prompt_outside_the_templates_is_unreadable_and_no_error(category, text, tmp_path):
+    """The error ended the job after everything had been drawn, and asked for what was so already."""
+    (tmp_path / f"{category}_val.txt").write_text(text)
+    (row,) = rows(suite(tmp_path, categories=[category]))
+    kind = judge_kind("detector")
+    chosen = kind.settings(kind="detector", checkpoint="d", threshold=0.3)
+    verdict = kind.from_answer(chosen, row, "[]")
+    assert (verdict.matches, verdict.score) == (None, None)
+    assert verdict.answer.startswith("the prompt claims no relation or number")
+    assert kind.from_answer(chosen, row, verdict.answer) == verdict, "it can be scored again"
+    with pytest.raises(UserError, match="of category color: the judge detector scores spatial"):
+        kind.from_answer(chosen, row | {"category": "color"}, "[]")
+
+
+def test_complex_without_a_relation_is_unreadable_for_three_in_one_too(blip, clip, detector, tmp_path):
+    (tmp_path / "complex_val.txt").write_text(
+        "\n".join(["Near the red house is a small dog.", "The red cat is next to the dog."])
+    )
+    found = rows(suite(tmp_path, categories=["complex"]))
+    prompts = [row | {"prompt_id": f"p{i}", "source": "t2i-compbench"} for i, row in enumerate(found)]
+    prompts[0] |= {"metadata": json.dumps({"kind": "spatial"})}
+    phrases = str(tmp_path / "phrases.parquet")
+    drawn = np.random.default_rng(1).integers(0, 256, (2, 80, 64, 3)).astype(np.uint8)
+    write_images(tmp_path, prompts, drawn)
+    done("phrases", "--prompts", tmp_path / "prompts.parquet", "--by", "rules", "--out", phrases)
+    three = judge_kind("three-in-one")
+    settings = three.settings(
+        kind="three-in-one",
+        attributes={"kind": "blip-vqa", "checkpoint": str(blip), "phrases": phrases, "device": "cpu"},
+        relation={"kind": "detector", "checkpoint": str(detector / "rt-detr"), "detection_threshold": 0.0, "device": "cpu"},
+        action={"kind": "clip-score", "checkpoint": str(clip), "device": "cpu"},
+    )
+    without, usual = three.open(settings)([Item(f"c{i}", prompts[i], drawn[i]) for i in range(2)])
+    assert without.matches is without.score is None
+    assert without.answer.startswith("the prompt claims no relation") and usual.score is not None
+    assert three.from_answer(settings, prompts[0], without.answer) == without
+    told = json.dumps({"kind": "spatial", "attributes": 0.5, "detections": []})
+    assert three.from_answer(settings, prompts[0], told) == without
+
+
 def test_depth_is_that_of_depth_anything(detector, tmp_path):
     import torch
     from PIL import Image

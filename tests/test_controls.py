@@ -1,16 +1,18 @@
 """Controls: the same training data but for who has judged, and the same replay but for who has drawn and judged."""
 
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from stages import controls
 from stages.common import manifests
 from stages.common.config import Pairs, validate
 from stages.common.errors import UserError
 from stages.controls import Candidate, choices, further_rows, match_selection
 from stages.tools.arms import nodes, replays, selection_owner
-from tests.helpers import SMALL, completed, edited, merged, planned_outputs, rerun, restored, write_config
+from tests.helpers import SMALL, completed, edited, merged, planned_outputs, refused, rerun, restored, stage, write_config
 
 CONTROLS = {
     "sft-nobody": {"objective": "sft", "epochs": 2, "pairs": {"matched": True, "filter": "everything"}},
@@ -189,15 +191,35 @@ def controlled(run):
 
 def test_controls_that_are_added_to_a_finished_run_run_nothing_else_again(controlled):
     assert "pairs" not in rerun(controlled)
-    for stage in ("generate", "score", "train", "reference", "controls match", "controls more", "evaluate"):
-        planned = planned_outputs(controlled, stage).splitlines()
+    for name in ("generate", "score", "train", "reference", "controls match", "controls more", "evaluate"):
+        planned = planned_outputs(controlled, name).splitlines()
         assert planned
         done = ("/sft/", "/dpo/", "/c-sft/", "/sft-epoch1/", "/base/")
-        assert not [path for path in planned if any(name in path for name in done)], stage
+        assert not [path for path in planned if any(part in path for part in done)], name
 
 
 def read(results: Path, name: str, kind: str) -> list[dict]:
     return manifests.read_rows(sorted(results.glob(name)), kind)
+
+
+@pytest.mark.parametrize(
+    ("action", "more"), [("match", ["--like", "l", "--prompts", "p"]), ("more", ["--selected", "s", "--recovered", "r"])]
+)
+def test_a_control_of_the_truth_without_verdicts_is_refused(action, more, tmp_path):
+    """Without them, every candidate would pass for one that nobody has judged."""
+    arguments = ["--config", write_config(tmp_path, arms=CONTROLS), "--arm", "sft-truth", "--out", tmp_path / "pairs.parquet"]
+    result = stage("controls", action, *arguments, "--candidates", "c", "--scores", "s", *more)
+    refused(result, "--verdicts: missing; arm sft-truth has filter oracle")
+
+
+def test_a_control_by_nobody_without_a_choice_is_refused_by_the_candidates(tmp_path, monkeypatch):
+    """One candidate of a prompt makes no pair. There are no verdicts whose file the message could name."""
+    config = validate(merged(SMALL, {"arms": CONTROLS}))
+    monkeypatch.setattr(manifests, "read_rows", lambda path, kind: [{"prompt_id": "a", "category": "all"}])
+    monkeypatch.setattr(controls, "candidates_of", lambda *arguments: {"a": candidates("a", "1")})
+    files = {"like": "like", "prompts": "prompts", "candidates": ["drawn.parquet"], "verdicts": []}
+    with pytest.raises(UserError, match=r"drawn.parquet: for no prompt of like is there a candidate"):
+        controls.match(Namespace(arm="dpo-nobody", **files), config)
 
 
 @pytest.mark.slow

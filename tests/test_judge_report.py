@@ -17,6 +17,7 @@ from stages.shapes.grammar import CATEGORIES, ERRORS, Group, Meaning, meanings, 
 from stages.shapes.scenes import COLOR_NAMES, SHAPES, TEXTURES, encode_kind
 from stages.tools import rates
 from stages.tools.intervals import exact_interval
+from stages.tools.kappa import agree
 from tests.helpers import SMALL, write_config
 
 BENCHMARK = next(iter(SMALL["benchmarks"]))
@@ -33,6 +34,49 @@ def test_images_of_one_prompt_count_as_much_as_they_tell():
     independent, together = rates.share(hits, alone), rates.share(np.repeat(hits[:20], 5), np.repeat(alone[:20], 5))
     assert (independent.value, independent.n, independent.numerator) == (0.5, 100, 50) == (0.5, together.n, together.numerator)
     assert together.high - together.low > 2 * (independent.high - independent.low)
+
+
+def covered(prompts: int, images: int, rounds: int = 300) -> dict[str, float]:
+    """Return how often the intervals contain the truth, by measure, when the images of a prompt resemble each other."""
+    generator = np.random.default_rng(prompts)
+    names, nothing = np.repeat(np.arange(prompts), images), np.zeros(prompts * images)
+    hit: dict[str, list[bool]] = {"share": [], "auc": [], "difference": [], "kappa": []}
+
+    def drawn() -> np.ndarray:
+        """Return standard normal values, of which those of one prompt correlate by 0.6."""
+        shared = np.repeat(generator.standard_normal(prompts), images)
+        return 0.6**0.5 * shared + 0.4**0.5 * generator.standard_normal(prompts * images)
+
+    for _ in range(rounds):
+        right, values, above, other = (drawn() for _ in range(4))
+        found = {
+            "share": (rates.share(right > 0, names), 0.5),
+            "auc": (rates.auc(values, right > 0, names, nothing), 0.5),
+            "difference": (rates.difference(right > 0, above > 0, names, nothing), 0.0),
+            "kappa": (agree(right > 0, other > 0, names, 0)[1], 0.0),
+        }
+        for measure, (rate, truth) in found.items():
+            if rate.low is not None and rate.high is not None:
+                hit[measure].append(rate.low <= truth <= rate.high)
+    return {measure: float(np.mean(each)) for measure, each in hit.items() if each}
+
+
+@pytest.mark.parametrize(("prompts", "images"), [(3, 9), (4, 20), (6, 12)])
+def test_intervals_of_few_prompts_cover_the_truth_however_many_images_they_have(prompts, images):
+    found = covered(prompts, images)
+    assert set(found) == {"share", "auc", "difference"}, "resampling a few prompts is no interval of kappa"
+    assert min(found.values()) >= 0.94
+
+
+def test_intervals_of_many_prompts_are_not_wider_than_they_say():
+    found = covered(60, 4, rounds=200)
+    assert len(found) == 4
+    assert all(0.90 <= each <= 0.985 for each in found.values())
+
+
+def test_one_prompt_says_as_much_as_one_image():
+    one = rates.share(np.repeat([True, False], 50), np.zeros(100))
+    assert (one.value, one.low, one.high) == (0.5, pytest.approx(0, abs=0.02), pytest.approx(1, abs=0.02))
 
 
 @pytest.mark.parametrize("n", [1, 5, 29, 30, 200])
@@ -222,6 +266,9 @@ def test_few_images_are_said_to_be_too_few():
     seen = images([0.9] * 20 + [0.8] * 20, [1] * 20 + [0] * 20)
     assert threshold_finding(seen, 0.85).state == "too few"
     assert "20 images have a p_yes up to 0.1 above it and 20 up to 0.1 below it, which is too few" in text(rows_of(seen))
+    seen = images([0.9, 0.8] * 40, [1, 0] * 40, prompt=np.arange(80) // 8)
+    assert threshold_finding(seen, 0.85).state == "too few"
+    assert "above it and 40 up to 0.1 below it, which are of too few prompts to compare" in text(rows_of(seen))
 
 
 @pytest.mark.parametrize("p_yes", [[1.0, 0.0] * 40, [1.0, UNREAD] * 40])

@@ -1,10 +1,13 @@
 """Pairs, discard pool, replay and schedule: from verdicts to training data."""
 
+import numpy as np
 import pytest
 
 from stages.common import manifests
 from stages.common.config import Pairs
-from stages.families.tools.asking import parse_answer
+from stages.common.settings import Score
+from stages.families import describe
+from stages.families.tools.asking import Answer, ask, parse_answer
 from stages.pairs import select
 from stages.schedule import plan
 from tests.helpers import done, write_config
@@ -93,6 +96,18 @@ def test_the_control_without_a_filter_ignores_the_verdicts():
 )
 def test_answers_are_read_or_counted_but_never_guessed(answer, verdict):
     assert parse_answer(answer) is verdict
+
+
+def test_a_p_yes_that_is_no_number_is_unreadable_and_no_refusal():
+    """It is 0 / 0 where the first token is certainly something else than yes or no."""
+
+    class Family:
+        def p_yes(self, images, questions, prefix):
+            return np.array([0.9, np.nan, 0.1]), np.array([0.0, 1.0, np.nan])
+
+    answers = ask(Family(), describe("janus"), Score(), np.zeros((3, 8, 8, 3), np.uint8), ["a", "b", "c"])
+    assert answers[:2] == [Answer(True, 0.9, 0.0), Answer(None, None, 1.0)]
+    assert (answers[2].verdict, answers[2].p_yes) == (False, 0.1)
 
 
 def data(names: str) -> list[dict]:

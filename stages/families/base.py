@@ -184,7 +184,7 @@ class Family(Protocol):
 
         Returns P(yes) / (P(yes) + P(no)) at the first answer token after `prefix`, and the probability mass on neither
         answer, 1 - P(yes) - P(no); both are float64 `[n]`. P(yes) sums every single-token spelling of yes and of 1, and
-        P(no) those of no and of 0.
+        P(no) those of no and of 0. Where both are 0, the first is NaN.
         """
         ...
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 DETECTORS = ("d_fine", "rt_detr", "rt_detr_v2")  # they share their preprocessing and the meaning of their output
 DEPTHS = ("dpt", "depth_anything")  # both give relative inverse depth, in which large values are near
 DEPTH_REMEDY = "set depth of the judge detector to the folder of another one, or remove it"
+NO_CLAIM = "the prompt claims no relation or number that the judge detector can measure"
 SIDE = 640  # pixels; these detectors see squares
 SHORT, LONG = 479, 480  # pixels; upstream measures boxes in images of this size
 
@@ -89,9 +90,10 @@ def detections_of(
     return found
 
 
-def score(row: dict[str, Any], found: Sequence[Detection], upstream: bool) -> float:
-    """Return the score of an image under the rule of its prompt's category. Raises UserError where the prompt has no rule.
+def score(row: dict[str, Any], found: Sequence[Detection], upstream: bool) -> float | None:
+    """Return the score of an image under the rule of its prompt's category. Raises UserError where the category has no rule.
 
+    It is None where a prompt of these categories is outside their templates, so that its metadata has no relation or counts.
     row: the prompt's, with prompt, category and metadata. For 3d_spatial, the detections have their depth.
     """
     prompt, category = row["prompt"], row["category"]
@@ -103,6 +105,8 @@ def score(row: dict[str, Any], found: Sequence[Detection], upstream: bool) -> fl
         return (rules.spatial_upstream if upstream else rules.spatial)(found, claim)
     if category == "3d_spatial" and "relation" in known:
         return (rules.spatial_3d_upstream if upstream else rules.spatial_3d)(found, Claim(**known))
+    if category in ("numeracy", "spatial", "complex", "3d_spatial"):
+        return None  # an error would end the job after everything has been drawn
     raise UserError(
         f"prompt {prompt!r} of category {category}: the judge detector scores spatial, 3d_spatial and numeracy, and "
         "the relations of complex, of source t2i-compbench; name it in scorers for these categories only"
@@ -145,17 +149,21 @@ def from_answer(settings: DetectorJudge, row: dict[str, Any], answer: str) -> Ve
 
     row: the prompt's. No model is loaded. Raises ValueError on text of another form, and where 3d_spatial has no depth.
     """
+    if answer == NO_CLAIM:
+        return Verdict(None, answer=answer)
     rows = json.loads(answer)
     found = from_rows(rows)
     if row["category"] == "3d_spatial" and any(len(one) != 5 for one in rows):
         raise ValueError("an answer of the judge detector without the depth that 3d_spatial needs")
-    return settings.verdict(score(row, found, settings.rules == "upstream"), answer)
+    measured = score(row, found, settings.rules == "upstream")
+    return Verdict(None, answer=NO_CLAIM) if measured is None else settings.verdict(measured, answer)
 
 
 def open_detector(settings: DetectorJudge) -> Judge:
     """Load the detector and the depth model. The answer lists the detections as JSON (`to_rows`), by falling score.
 
-    The score is computed from the answer, so `from_answer` repeats it exactly.
+    The score is computed from the answer, so `from_answer` repeats it exactly. A prompt outside its category's template has no
+    verdict, and NO_CLAIM as answer.
     """
     import numpy as np
     import torch

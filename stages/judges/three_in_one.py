@@ -79,6 +79,8 @@ def open_three(settings: ThreeInOneJudge) -> Judge:
     def verdict(item: Item, kind: str, seen: Verdict | None, found: Verdict | None, cosine: Verdict | None) -> Verdict:
         if seen is None or seen.score is None:
             return from_answer(settings, item.prompt, NO_PHRASE)
+        if found is not None and found.score is None:
+            return from_answer(settings, item.prompt, detector.NO_CLAIM)
         parts: dict[str, Any] = {"kind": kind, "attributes": seen.score}
         if cosine is not None and cosine.score is not None:
             parts["action"] = round(cosine.score, 6)
@@ -94,7 +96,7 @@ def from_answer(settings: ThreeInOneJudge, row: dict[str, Any], answer: str) -> 
 
     row: the prompt's. Raises ValueError on text of another form.
     """
-    if answer == NO_PHRASE:
+    if answer in (NO_PHRASE, detector.NO_CLAIM):
         return Verdict(None, answer=answer)
     try:
         parts = json.loads(answer)
@@ -104,7 +106,10 @@ def from_answer(settings: ThreeInOneJudge, row: dict[str, Any], answer: str) -> 
     told = {"kind": kind, "attributes": attributes}
     if "detections" in parts:
         found = detector.from_rows(parts["detections"])
-        told["relation"] = round(detector.score(row, found, settings.relation.rules == "upstream"), 6)
+        relation = detector.score(row, found, settings.relation.rules == "upstream")
+        if relation is None:
+            return Verdict(None, answer=detector.NO_CLAIM)
+        told["relation"] = round(relation, 6)
     told |= {name: parts[name] for name in ("action", "detections") if name in parts}
     score = three_in_one(kind, attributes, told.get("relation", 0.0), action or 0.0)  # those of other kinds have no weight
     matches = None if settings.threshold is None else score >= settings.threshold

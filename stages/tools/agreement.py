@@ -8,7 +8,7 @@ comparison, it prints on how many images both say yes or no, on what share of th
 beyond that of two judges who say yes as often as these do, but independently. It is 1 if they always agree and 0 if they agree
 no more than by chance. For more than two people there is also Fleiss' kappa, over the images that all of them have judged.
 Intervals are 95 %, resampled by prompt. Without --run, prompts are not known; then they are resampled by image, and too narrow
-if there are several images of a prompt. There is none for fewer than 30 images, or if all resamples are equal.
+if there are several images of a prompt. There is none for images of fewer than 30 prompts, or if all resamples are equal.
 
 --out gets what most people say, and no verdict where as many say yes as no: one file for `judges: {people: {kind: table, files:
 [people.csv]}}`, which refuses two verdicts on an image.

@@ -181,7 +181,8 @@ def selection(
     precision = _value(100 * best["precision"], 100 * resampled["precision"])
     if precision.low == precision.high and precision.value is not None:  # not one wrong, or not one right among them
         right, judged = (sum(float(getattr(part, name).sum()) for part in parts) for name in ("right", "judged"))
-        low, high = exact_interval(right, judged)
+        trials = sum(np.count_nonzero(part.judged) for part in parts)  # prompts, because images of one resemble each other
+        low, high = exact_interval(right * trials / judged, trials)
         precision = Value(precision.value, 100 * low, 100 * high)
     return {
         "rows": _value(prompts * best["rows"], rows),

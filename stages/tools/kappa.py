@@ -55,7 +55,8 @@ def agree(one: np.ndarray, other: np.ndarray, prompts: np.ndarray, seed: int) ->
     """Return the share of images on which two judges agree, and their kappa.
 
     one, other: bool `[n]`, the verdicts on the same images. prompts: the prompt of each image. The interval of kappa is the
-    percentile interval of resampled prompts. It is left out where fewer than FEW images were judged, or if it has no width.
+    percentile interval of resampled prompts. It is left out where images of fewer than FEW prompts were judged, because
+    resampling a few prompts would promise too much, and if it has no width.
     """
     return share(one == other, prompts), resampled(kappa, tallies(one, other, prompts), len(one), seed)
 
@@ -76,7 +77,7 @@ def resampled(measure: Callable[[np.ndarray], np.ndarray], counts: np.ndarray, n
     if np.isnan(value):
         return Rate(None, n)
     low = high = None
-    if n >= FEW:
+    if len(counts) >= FEW:
         picks = np.random.default_rng(seed).multinomial(len(counts), [1 / len(counts)] * len(counts), size=ROUNDS)
         low, high = metrics.interval(measure(picks @ counts))
         low, high = (None, None) if low == high else (low, high)

@@ -1,7 +1,8 @@
 """Shares, differences of shares and areas under ROC curves, each with a 95 % interval whose width is never zero.
 
 Several images belong to one prompt and resemble each other, so an interval that took them for independent would be too
-narrow. All functions therefore take the prompt of each image, as an array of any kind of label.
+narrow. All functions therefore take the prompt of each image, as an array of any kind of label. How much images of one prompt
+resemble each other can only be learned from many prompts. With fewer than FEW, each prompt counts as one image.
 """
 
 from __future__ import annotations
@@ -31,14 +32,15 @@ class Rate:
 def share(hits: np.ndarray, prompts: np.ndarray) -> Rate:
     """Return the share of true values in `hits`, bool `[n]`.
 
-    Below FEW images the interval is Clopper and Pearson's. Otherwise it is Wilson's, for the effective number of images: the
-    number of independent images that would make the share as certain as these do (see `effective_count`).
+    Below FEW prompts the interval is Clopper and Pearson's, with prompts as its trials. Otherwise it is Wilson's, for the
+    effective number of images: the number of independent images that would make the share as certain as these do (see
+    `effective_count`).
     """
-    n, numerator = len(hits), int(hits.sum())
+    n, numerator, trials = len(hits), int(hits.sum()), len(np.unique(prompts))
     if not n:
         return Rate(None, 0, 0)
-    if n < FEW:
-        low, high = exact_interval(numerator, n)
+    if trials < FEW:
+        low, high = exact_interval(numerator * trials / n, trials)
     else:
         low, high = wilson(numerator / n, effective_count(hits, prompts))
     return Rate(numerator / n, n, numerator, low, high)
@@ -71,8 +73,10 @@ def difference(hits: np.ndarray, above: np.ndarray, prompts: np.ndarray, strata:
     out. The weights are those of Mantel and Haenszel, proportional to a b / (a + b) for a images above and b below.
 
     The variance is that of prompts as clusters, but at least that of independent images with one hit and one miss added to each
-    side of each stratum (Agresti and Caffo). A difference without any variation therefore has an interval too.
+    side of each stratum (Agresti and Caffo). A difference without any variation therefore has an interval too. Below FEW
+    prompts, these independent images are as many as there are prompts on that side.
     """
+    few = len(np.unique(prompts)) < FEW
     influence, used = np.zeros(len(hits)), np.zeros(len(hits), bool)
     total = value = independent = 0.0
     for stratum in np.unique(strata):
@@ -87,8 +91,9 @@ def difference(hits: np.ndarray, above: np.ndarray, prompts: np.ndarray, strata:
         for side, count, part, sign in zip(sides, counts, shares, (1, -1), strict=True):
             influence[side] = sign * weight * (hits[side] - part) / count
             used |= side
-            shrunk = (hits[side].sum() + 1) / (count + 2)
-            independent += weight**2 * shrunk * (1 - shrunk) / (count + 2)
+            trials = len(np.unique(prompts[side])) if few else count
+            shrunk = (part * trials + 1) / (trials + 2)
+            independent += weight**2 * shrunk * (1 - shrunk) / (trials + 2)
     if not total:
         return Rate(None, 0)
     variance = max(clustered_variance(influence[used], prompts[used]), independent) / total**2
@@ -102,8 +107,8 @@ def auc(values: np.ndarray, right: np.ndarray, prompts: np.ndarray, strata: np.n
     right: bool `[n]`. strata: a wrong image is compared with the right images of its stratum, and wrong images weigh the same.
     Strata without a right or without a wrong image are left out.
 
-    The interval has the variance of prompts as clusters (Obuchowski). If the smaller side has fewer than FEW images, or if
-    there is no variation, it is Clopper and Pearson's for as many disjoint pairs of a right and a wrong image as there are.
+    The interval has the variance of prompts as clusters (Obuchowski). If the right or the wrong images are of fewer than FEW
+    prompts, or if there is no variation, it is Clopper and Pearson's. The smaller of these numbers of prompts is its trials.
     """
     influence, used = np.zeros(len(values)), np.zeros(len(values), bool)
     members = {}
@@ -124,7 +129,7 @@ def auc(values: np.ndarray, right: np.ndarray, prompts: np.ndarray, strata: np.n
         used |= good | bad
     n = int(used.sum())
     variance = clustered_variance(influence[used], prompts[used])
-    pairs = min(n_wrong, n - n_wrong)
+    pairs = min(len(np.unique(prompts[used & side])) for side in (right, ~right))
     if pairs < FEW or variance < 1e-12:
         concordant = round(value * pairs, 6)
         low, high = exact_interval(math.floor(concordant), pairs)[0], exact_interval(math.ceil(concordant), pairs)[1]

@@ -24,7 +24,7 @@ from stages.families.janus.decode import cache_bytes, decode, head_dim
 from stages.families.janus.training import JanusOverImages, looked_at
 from stages.families.tools.linears import packed_linears
 from stages.families.tools.memory import Memory
-from stages.families.tools.verdicts import NO, YES, single_tokens
+from stages.families.tools.verdicts import NO, YES, require_verdicts, single_tokens
 
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
 CHAT_TEMPLATE = (  # for use with plain transformers; this module formats turns itself
@@ -244,6 +244,8 @@ class Janus:
 
     @torch.no_grad()
     def p_yes(self, images: np.ndarray, questions: list[str], prefix: str = "") -> tuple[np.ndarray, np.ndarray]:
+        require_verdicts(self.yes, self.no)
+
         def some(part: slice) -> tuple[np.ndarray, np.ndarray]:
             inputs, last = self._question_embeddings(images[part], questions[part], prefix)
             hidden = self.model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
@@ -318,6 +320,7 @@ class Janus:
     def judge_loss(
         self, model: torch.nn.Module, images: np.ndarray, questions: Sequence[str], p_yes: np.ndarray, prefix: str = ""
     ) -> torch.Tensor:
+        require_verdicts(self.yes, self.no)
         ids, last = self._padded_questions(questions, prefix)
         logits = model(pixels=self._pixels(images), question_ids=ids, last=last).logits.float()
         log_yes, log_no = logits[:, self.yes].logsumexp(1), logits[:, self.no].logsumexp(1)

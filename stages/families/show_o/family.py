@@ -29,7 +29,7 @@ from stages.families.show_o.model import ShowOModel, seen_asking, seen_drawing
 from stages.families.tools.linears import packed_linears
 from stages.families.tools.memory import Memory
 from stages.families.tools.pictures import square
-from stages.families.tools.verdicts import NO, YES, single_tokens
+from stages.families.tools.verdicts import NO, YES, require_verdicts, single_tokens
 
 # How many pixels MAGVIT-v2 holds at once: it has hundreds of numbers for each.
 PIXELS_CPU, PIXELS = 1 << 16, 1 << 20
@@ -189,6 +189,8 @@ class ShowO:
 
     @torch.no_grad()
     def p_yes(self, images: np.ndarray, questions: list[str], prefix: str = "") -> tuple[np.ndarray, np.ndarray]:
+        require_verdicts(self.yes, self.no)
+
         def some(part: slice) -> tuple[np.ndarray, np.ndarray]:
             hidden = self._hidden(self._asked(images[part], questions[part], prefix))
             probabilities = self.model.llm.lm_head(hidden).double().softmax(-1)
@@ -341,6 +343,7 @@ class ShowO:
     def judge_loss(
         self, model: nn.Module, images: np.ndarray, questions: Sequence[str], p_yes: np.ndarray, prefix: str = ""
     ) -> torch.Tensor:
+        require_verdicts(self.yes, self.no)
         logits = model(**self._asked(images, questions, prefix)).float()
         log_yes, log_no = logits[:, self.yes].logsumexp(1), logits[:, self.no].logsumexp(1)
         target = torch.as_tensor(p_yes, dtype=logits.dtype, device=logits.device)

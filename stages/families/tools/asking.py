@@ -52,12 +52,17 @@ def question_and_prefix(description: Description, score: Score) -> tuple[str, st
 
 
 def ask(family: Family, description: Description, score: Score, images: np.ndarray, prompts: list[str]) -> list[Answer]:
-    """Return the answers for n images, uint8 `[n, height, width, 3]`, to the question whether each shows its prompt."""
+    """Return the answers for n images, uint8 `[n, height, width, 3]`, to the question whether each shows its prompt.
+
+    A p_yes that is no number is unreadable: neither yes nor no has any probability then.
+    """
     template, prefix = question_and_prefix(description, score)
     questions = [template.replace("{prompt}", prompt) for prompt in prompts]
     if score.mode == "p_yes":
         return [
             Answer(bool(p_yes >= score.verdict_threshold), float(p_yes), float(p_neither))
+            if np.isfinite(p_yes)
+            else Answer(None, None, float(p_neither) if np.isfinite(p_neither) else None)
             for p_yes, p_neither in zip(*family.p_yes(images, questions, prefix), strict=True)
         ]
     answers = []
