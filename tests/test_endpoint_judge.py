@@ -276,7 +276,7 @@ def test_a_key_that_is_not_accepted_is_never_shown(serve, tmp_path, caplog, capf
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(UserError, match=r"a judge of kind openai needs the package openai: pip install 'selfgap\[endpoint\]'"):
+    with pytest.raises(UserError, match=r"the package openai; run pip install --constraint constraints\.txt '\.\[endpoint\]'"):
         open_endpoint(settings("http://127.0.0.1:9/v1", tmp_path))
 
 
