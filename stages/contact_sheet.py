@@ -115,7 +115,7 @@ def training_part(sheet: Sheet, arguments: argparse.Namespace, config: Config) -
     for prompt in spread(prompts, config.report.prompts):
         candidates = drawn[prompt["prompt_id"]]
         kept = any(row["candidate_id"] in chosen for _, row in candidates)
-        note = prompt["category"] + ("" if kept else ", no row")
+        note = prompt["category"] + ("" if kept else ", no training row")
         sheet.row(prompt["prompt"], note, [cell(path, row) for path, row in candidates[: config.report.candidates]])
 
 

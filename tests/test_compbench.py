@@ -866,7 +866,7 @@ OUTSIDE = [
 
 @pytest.mark.parametrize(("category", "text"), OUTSIDE)
 def test_a_prompt_outside_the_templates_is_unreadable_and_no_error(category, text, tmp_path):
-    """The error ended the job after everything had been drawn, and asked for what was so already."""
+    """An error would end the judge's job after all images have been drawn."""
     (tmp_path / f"{category}_val.txt").write_text(text)
     (row,) = rows(suite(tmp_path, categories=[category]))
     kind = judge_kind("detector")

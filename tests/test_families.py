@@ -11,10 +11,11 @@ import yaml
 
 from stages.common import manifests, shards
 from stages.common.candidates import Candidates, representation, sampling_text
+from stages.common.errors import UserError
 from stages.common.settings import Model
 from stages.families import FAMILIES, checkpoint_hash, describe, open_family, preprocessing_hash
 from stages.families.base import Drawn
-from tests.helpers import TINY, done, losses, outputs, refused, stage, trained, write_config
+from tests.helpers import ROOT, TINY, done, losses, outputs, refused, stage, trained, write_config
 from tests.tiny_show_o import write_tiny_show_o
 
 PROMPTS = ["a cross", "two red circles", "a striped red circle left of a green square", "a cross and a diamond"] * 2
@@ -326,3 +327,17 @@ def test_training_lowers_the_loss_moves_only_what_it_may_and_continues_exactly(o
     assert moved
     assert all(key.startswith(prefixes) for key in moved)
     assert outputs(longer)
+
+
+@pytest.mark.parametrize("word", ["yes", "no"])
+@pytest.mark.parametrize(("name", "folder"), [("janus", "tiny-janus"), ("show_o", "tiny-show-o")])
+def test_a_tokenizer_without_a_token_for_yes_or_no_is_refused(name, folder, word, monkeypatch):
+    """Only where probabilities are read: drawing and answering in words need none."""
+    checkpoint = ROOT / "models" / folder
+    family = open_family(Model(family=name, checkpoint=str(checkpoint), device="cpu"), checkpoint, "train")
+    monkeypatch.setattr(family, word, torch.tensor([]))
+    images, questions = np.zeros((1, 64, 64, 3), np.uint8), ["does this image show a red circle ?"]
+    with pytest.raises(UserError, match=r"no single token for yes or for no; set score.mode of this model to answer"):
+        family.p_yes(images, questions)
+    with pytest.raises(UserError, match=r"train.judge_anchor_weight to 0"):
+        family.judge_loss(family.model, images, questions, np.array([0.5]))

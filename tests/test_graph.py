@@ -148,6 +148,7 @@ def test_a_judge_asks_for_what_its_own_settings_and_weights_need(tmp_path):
     )
     assert gpus == {"four": 4, "one": 1, "none": 0, "large": 1}
     assert memory["four"] > 3.9 * memory["one"], "each process loads the weights"
+    assert memory["none"] > 1.9 * memory["one"], "on a CPU as well"
     assert memory["large"] > memory["one"] + 1900
 
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
-from stages.common.errors import UserError
 from stages.common.seeds import candidate_seed
 from stages.families.base import Pictures
 from stages.families.janus import JANUS, JanusSampling
@@ -148,14 +147,3 @@ def test_saving_and_loading_keeps_every_weight_and_answer(tiny, prompts, tmp_pat
     assert sorted(path.name for path in (tmp_path / "copy").glob("*.safetensors")) == ["model.safetensors"]
     before, after = (family.generate(prompts[:4], seeds(4), sampling(5.0)) for family in (tiny, copy))
     assert (before.images == after.images).all()
-
-
-@pytest.mark.parametrize("word", ["yes", "no"])
-def test_a_tokenizer_without_a_token_for_yes_or_no_is_refused(tiny, word, monkeypatch):
-    """Only where probabilities are read: drawing and answering in words need none."""
-    monkeypatch.setattr(tiny, word, torch.tensor([]))
-    images = np.zeros((1, 64, 64, 3), np.uint8)
-    with pytest.raises(UserError, match=r"no single token for yes or for no; set score.mode of this model to answer"):
-        tiny.p_yes(images, ["does this image show a red circle ?"])
-    with pytest.raises(UserError, match=r"train.judge_anchor_weight to 0"):
-        tiny.judge_loss(tiny.model, images, ["does this image show a red circle ?"], np.array([0.5]))

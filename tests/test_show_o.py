@@ -674,14 +674,3 @@ def test_tensors_that_do_not_fit_are_named(family, tmp_path):
         save_file(changed, path)
         with pytest.raises(UserError, match=words):
             show_o_convert.convert(**files, out=tmp_path / "out", max_text=32, geometry=VQ)
-
-
-@pytest.mark.parametrize("word", ["yes", "no"])
-def test_a_tokenizer_without_a_token_for_yes_or_no_is_refused(family, word, monkeypatch):
-    """Only where probabilities are read: drawing and answering in words need none."""
-    monkeypatch.setattr(family, word, torch.tensor([]))
-    images = np.zeros((1, 64, 64, 3), np.uint8)
-    with pytest.raises(UserError, match=r"no single token for yes or for no; set score.mode of this model to answer"):
-        family.p_yes(images, ["does this image show a red circle ?"])
-    with pytest.raises(UserError, match=r"train.judge_anchor_weight to 0"):
-        family.judge_loss(family.model, images, ["does this image show a red circle ?"], np.array([0.5]))

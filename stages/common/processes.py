@@ -41,7 +41,7 @@ def helpers(count: int) -> Iterator[None]:
         environment = os.environ | {PROCESS: f"{number}/{count}"}
         if listed is None:
             environment["CUDA_VISIBLE_DEVICES"] = str(number)
-        elif number < len(visible):  # with fewer, none is used, or all are hidden
+        elif number < len(visible):  # fewer are listed only where the processes use the CPU
             environment["CUDA_VISIBLE_DEVICES"] = visible[number]
         started.append(subprocess.Popen([sys.executable, *command()], env=environment))
     try:

@@ -19,7 +19,7 @@ from stages.common import manifests
 from stages.common.errors import UserError
 from stages.pages import plots
 from stages.pages.render import package_version, page
-from stages.pages.run import BASE, Run, places, read_columns
+from stages.pages.run import BASE, Run, read_columns, selection_folders
 from stages.tools import arms
 
 Row = dict[str, Any]
@@ -146,7 +146,7 @@ def tables(run: Run, rows: list[Row]) -> list[Grid]:
 def selection(run: Run) -> Grid | None:
     """Return what each selection took, and what each replay recovered."""
     lines = []
-    for place in places(run):
+    for place in selection_folders(run):
         folder = place.folder
         if not (folder / "pairs.parquet").exists():
             continue

@@ -184,7 +184,7 @@ class ByPrompt:
 
 
 @dataclass(frozen=True)
-class Place:
+class SelectionFolder:
     """Where the pairs of a selection are, what it is called, and its replay if it is one."""
 
     folder: Path
@@ -192,18 +192,18 @@ class Place:
     replay: arms.Replay | None
 
 
-def places(run: Run) -> list[Place]:
+def selection_folders(run: Run) -> list[SelectionFolder]:
     """Return where all selections are, or will be: the first one of each arm, then those of the replays."""
     config, tree = run.config, arms.nodes(run.config)
     owners: dict[str, list[str]] = {}
     for arm in config.arms:
         owners.setdefault(arms.selection_owner(config, arm), []).append(arm)
-    found = [Place(run.folder / owner, ", ".join(names), None) for owner, names in owners.items()]
+    found = [SelectionFolder(run.folder / owner, ", ".join(names), None) for owner, names in owners.items()]
     for replay in run.replays():
         names = [arm for arm in config.arms if replay.name in tree[arm].replays]
         what = "replay" if replay.draws else "further rows"  # in a control where nothing is drawn, of the first round
         label = f"{', '.join(names)}: {what} after epoch {replay.node.epoch}"
-        found.append(Place(run.folder / replay.name / "replay", label, replay))
+        found.append(SelectionFolder(run.folder / replay.name / "replay", label, replay))
     return found
 
 
@@ -229,7 +229,7 @@ def selections(run: Run, prompts: pa.Table) -> list[Selection]:
     def table(path: Path, kind: str, names: Sequence[str]) -> ByPrompt:
         return ByPrompt(read_columns([path] if path.exists() else [], kind, names), prompts)
 
-    for place in places(run):
+    for place in selection_folders(run):
         folder, replay = place.folder, place.replay
         if (folder / "pairs.parquet").exists():
             pairs = table(folder / "pairs.parquet", "pairs", ("prompt_id", "chosen", "rejected", "margin"))

@@ -8,14 +8,24 @@ from functools import cache
 from math import ceil
 
 
+def processes_of(model):
+    """Return how many processes share a shard, each with the weights of a model of its own."""
+    return model.workers or 1
+
+
 def gpus_of(model):
-    """Return how many GPUs a model needs, where it runs by these settings: one for each process that shares a shard."""
-    return 0 if model.device == "cpu" else model.workers or 1
+    """Return how many GPUs a model needs, where it runs by these settings: one for each process."""
+    return 0 if model.device == "cpu" else processes_of(model)
+
+
+def model_of_judge(name):
+    """Return where a judge that is a model runs."""
+    chosen = settings.judge(name)
+    return judge_kind(chosen.kind).runs_on(chosen)
 
 
 def gpus_of_judge(wildcards):
-    chosen = settings.judge(wildcards.judge)
-    return gpus_of(judge_kind(chosen.kind).runs_on(chosen))
+    return gpus_of(model_of_judge(wildcards.judge))
 
 
 GPUS = gpus_of(settings.model)
@@ -63,22 +73,19 @@ def megabytes(copies):
     return lambda wildcards, attempt: attempt * int(4000 + 1000 * copies * node_gigabytes(wildcards))
 
 
-def megabytes_of(processes, size):
-    """Return the memory of a job in which each of some processes loads a model, in MB; one of them may hold it twice.
-
-    processes, size: functions of the wildcards: their number, and the size of the weights in gigabytes.
-    """
-
-    def found(wildcards, attempt):
-        count = max(1, processes(wildcards))
-        return attempt * int(4000 * count + 1000 * (count + 1) * size(wildcards))
-
-    return found
+def megabytes_of(processes, size, attempt):
+    """Return the memory of a job in which each process loads weights of `size` gigabytes, in MB. One of them may hold two copies."""
+    return attempt * int(4000 * processes + 1000 * (processes + 1) * size)
 
 
 def megabytes_of_model(wildcards, attempt):
     """Return the memory of a job whose processes draw or judge with a node's model, in MB."""
-    return megabytes_of(gpus_of_model, node_gigabytes)(wildcards, attempt)
+    return megabytes_of(processes_of(settings.model), node_gigabytes(wildcards), attempt)
+
+
+def megabytes_of_judge(wildcards, attempt):
+    """Return the memory of a job whose processes judge with an external judge that is a model, in MB."""
+    return megabytes_of(processes_of(model_of_judge(wildcards.judge)), judge_gigabytes(wildcards), attempt)
 
 
 def judge_gigabytes(wildcards):

@@ -88,5 +88,5 @@ use rule judge as judge_on_gpu with:
     threads: 1
     resources:
         gpu=gpus_asked(gpus_of_judge),
-        mem_mb=megabytes_of(gpus_of_judge, judge_gigabytes),
+        mem_mb=megabytes_of_judge,
         runtime=judge_minutes,

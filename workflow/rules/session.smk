@@ -41,8 +41,8 @@ def limit_gpu_jobs(local):
     limit. local: whether jobs run on this machine, and not on a cluster.
     """
     global one_gpu_job
-    works = [GPUS, *(gpus_of(judge_kind(chosen.kind).runs_on(chosen)) for chosen in map(settings.judge, GPU_JUDGES))]
-    one_gpu_job = local and any(works) and "gpu" not in workflow.global_resources and gpu_is_here()
+    needed = [GPUS, *(gpus_of(model_of_judge(name)) for name in GPU_JUDGES)]
+    one_gpu_job = local and any(needed) and "gpu" not in workflow.global_resources and gpu_is_here()
     if one_gpu_job:
         workflow.register_resource("gpu", 1)
 
